@@ -1,0 +1,98 @@
+"""What stands between the wire and a handler, for gRPC and for HTTP: caller, user, role, and their audit."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import uuid
+from collections.abc import Mapping
+
+from mesh import context
+from mesh.context import Request
+from mesh.contract import Method
+from mesh.errors import DeadlineExceeded, Internal, MeshError, PermissionDenied
+from mesh.identity import Verifier
+
+log = logging.getLogger(__name__)
+audit_log = logging.getLogger("atelier.audit")
+
+ADMIN = "ROLE_ADMIN"
+
+
+class CallerNotAllowed(PermissionDenied):
+    reason = "CALLER_NOT_ALLOWED"
+
+
+class RoleRequired(PermissionDenied):
+    reason = "ROLE_REQUIRED"
+
+
+def admit(
+    method: Method, caller: str, metadata: Mapping[str, str], verifier: Verifier, seconds: float | None
+) -> Request:
+    """Make the request that `metadata` describes the present one, and return it if the policy of `method` lets it in.
+
+    Args:
+        method: what is called.
+        caller: the service that calls, by its certificate; empty for one of no mesh.
+        metadata: metadata or headers, by lower-case key.
+        verifier: checks the token.
+        seconds: what the caller left of its time; None for no limit of its own.
+
+    Raises:
+        CallerNotAllowed, RoleRequired, and whatever `Verifier.user` raises.
+    """
+    request = Request(
+        caller=caller,
+        user=None,
+        request_id=metadata.get("x-request-id") or str(uuid.uuid4()),
+        deadline=time.monotonic() + min(method.deadline_seconds, math.inf if seconds is None else seconds),
+        metadata=metadata,
+    )
+    context.serve(request)
+    if not method.allows(request.caller):
+        raise CallerNotAllowed(
+            f"{request.caller or 'A stranger'} may not call {method.full_name}.",
+            metadata={"caller": request.caller, "method": method.full_name},
+        )
+    if method.access in ("USER", "ADMIN"):
+        user = verifier.user(metadata.get("authorization"))
+        request = Request(request.caller, user, request.request_id, request.deadline, metadata)
+        context.serve(request)
+        if method.access == "ADMIN" and user.role != ADMIN:
+            raise RoleRequired(
+                "Only an administrator may do this.", metadata={"required_role": ADMIN, "role": user.role}
+            )  # fmt: skip
+    return request
+
+
+def late(method: Method) -> DeadlineExceeded:
+    """Return what a caller is told whose call took too long."""
+    return DeadlineExceeded(f"{method.full_name} did not finish in time.", metadata={"method": method.full_name})
+
+
+def internal(error: Exception, method: Method) -> Internal:
+    """Log a bug with its traceback and return what its caller may know of it."""
+    log.error("%s failed", method.full_name, exc_info=error)
+    request = context.present()
+    request_id = request.request_id if request else ""
+    return Internal(
+        f"Something went wrong on our side. If it stays, report the request id {request_id}.",
+        metadata={"request_id": request_id},
+    )
+
+
+def audit(method: Method, failure: MeshError | None) -> None:
+    """Write down who called an audited rpc, and what came of it."""
+    if method.audited:
+        request = context.present()
+        audit_log.info(
+            "%s",
+            method.full_name,
+            extra={
+                "caller": request.caller if request else "",
+                "user_id": request.user.user_id if request and request.user else "",
+                "outcome": failure.reason if failure else "OK",
+            },
+        )

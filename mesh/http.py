@@ -1,0 +1,170 @@
+"""The HTTP listener of a service that moves bytes, behind the same policy as its gRPC server.
+
+Each endpoint stands for an rpc whose policy says `bytes`; path and verb are its google.api.http rule.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mesh import admission, status, telemetry
+from mesh.certificates import Leaf, peer_spiffe_id
+from mesh.contract import Contract, Method
+from mesh.errors import Cancelled, MeshError, NotFound, PayloadTooLarge
+from mesh.identity import Verifier
+
+LINGER_BYTES = 256 * 1024 * 1024  # beyond, the connection is closed under the sender's hands
+LINGER_SECONDS = 30.0
+SENDING_PAUSE_SECONDS = 1.0  # of a sender that waits for an answer
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class RouteNotFound(NotFound):
+    reason = "ROUTE_NOT_FOUND"
+
+
+def application(endpoints: Mapping[str, Endpoint], verifier: Verifier, rpcs: Contract) -> Starlette:
+    """Return the ASGI application that serves `endpoints`, which are named by their rpc."""
+    routes = []
+    for name, endpoint in endpoints.items():
+        method = rpcs.methods[name]
+        if not method.bytes or method.http is None:
+            raise ValueError(f"{name} is not served over HTTP: its policy does not say `bytes`")
+        routes.append(Route(method.http.path, _admitting(endpoint, method, verifier), methods=[method.http.verb]))
+    made = Starlette(routes=routes, exception_handlers={404: _no_route, 405: _no_route})
+    made.router.redirect_slashes = False  # to an address that only the mesh can reach
+    return made
+
+
+def _admitting(endpoint: Endpoint, method: Method, verifier: Verifier) -> Endpoint:
+    async def serve(request: Request) -> Response:
+        metadata = {key.decode("latin-1"): value.decode("latin-1") for key, value in request.headers.raw}
+        deadline: asyncio.Timeout | None = None
+        failure: MeshError
+        try:
+            with telemetry.server_span(method.full_name, metadata):
+                admitted = admission.admit(method, request.state.caller, metadata, verifier, None)
+                async with asyncio.timeout_at(admitted.deadline) as deadline:
+                    response = await endpoint(request)
+                admission.audit(method, None)
+                return response
+        except ClientDisconnect:
+            failure = Cancelled("The caller went away before the end of its request.")
+        except MeshError as error:
+            failure = error
+        except TimeoutError as error:
+            ran_out = deadline is not None and deadline.expired()
+            failure = admission.late(method) if ran_out else admission.internal(error, method)
+        except Exception as error:  # noqa: BLE001 - the last stop before the wire
+            failure = admission.internal(error, method)
+        admission.audit(method, failure)
+        if isinstance(failure, PayloadTooLarge):
+            await _linger(request)
+        return refusal(failure)
+
+    return serve
+
+
+async def _linger(request: Request) -> None:
+    """Read on while a sender sends: most look for an answer only after they have sent everything."""
+    began = time.monotonic()
+    left = LINGER_BYTES
+    with contextlib.suppress(TimeoutError):
+        while left > 0 and time.monotonic() - began < LINGER_SECONDS:
+            message = await asyncio.wait_for(request.receive(), SENDING_PAUSE_SECONDS)
+            if not message.get("more_body", False):
+                return
+            left -= len(message.get("body", b""))
+
+
+def refusal(error: MeshError) -> Response:
+    """Return `error` as the edge would show it."""
+    headers = {}
+    if retry_after := status.retry_after_header(error):
+        headers["retry-after"] = retry_after
+    if error.code == "UNAUTHENTICATED":
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(status.to_json(error), error.http_status, headers)
+
+
+async def _no_route(request: Request, _: Exception) -> Response:
+    return refusal(
+        RouteNotFound(f"There is no {request.method} {request.url.path}.", metadata={"path": request.url.path})
+    )  # fmt: skip
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # mesh.service owns the signals of the process
+
+
+def _protocol(leaf: Leaf) -> type[H11Protocol]:
+    class NamingItsPeer(H11Protocol):
+        """Tells each request of a connection, as `request.state.caller`, which service sent it."""
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+            caller = leaf.service_of(peer_spiffe_id(transport.get_extra_info("ssl_object")))
+            self.app_state = {**self.app_state, "caller": caller}
+            super().connection_made(transport)
+
+    return NamingItsPeer
+
+
+class _Config(uvicorn.Config):
+    def __init__(self, application: Starlette, leaf: Leaf) -> None:
+        super().__init__(
+            application,
+            http=_protocol(leaf),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=10,
+        )
+        self._leaf = leaf
+
+    def load(self) -> None:
+        super().load()
+        self.ssl = self._leaf.tls_server()  # uvicorn would make its own of files, once
+
+
+class Listener:
+    """An HTTP server, for services of the mesh, on a port that is bound at once."""
+
+    def __init__(self, application: Starlette, host: str, port: int, leaf: Leaf) -> None:
+        self._socket = socket.create_server((host, port), backlog=1024)
+        self.port: int = self._socket.getsockname()[1]
+        self._server = _Server(_Config(application, leaf))
+
+    async def run(self) -> None:
+        """Serve until `stop`."""
+        await self._server.serve(sockets=[self._socket])
+
+    def stop(self) -> None:
+        """Accept nothing more; `run` returns when what is under way has ended, at most 10 s later."""
+        self._server.should_exit = True
+
+
+@asynccontextmanager
+async def listening(application: Starlette, host: str, port: int, leaf: Leaf) -> AsyncIterator[int]:
+    """Hold an HTTP server; yield its port. At the end it accepts nothing more and finishes what is under way."""
+    listener = Listener(application, host, port, leaf)
+    running = asyncio.create_task(listener.run())
+    try:
+        yield listener.port
+    finally:
+        listener.stop()
+        await running

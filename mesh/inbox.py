@@ -1,0 +1,35 @@
+"""Which events a consumer has already taken, so that one delivered twice takes effect once."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from sqlalchemy import Column, MetaData, String, Table, delete
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from mesh.database import Timestamp, insert_if_absent, now
+
+
+def table(metadata: MetaData) -> Table:
+    """Return the table, made in a service's own metadata."""
+    return Table(
+        "inbox",
+        metadata,
+        Column("consumer", String, primary_key=True),
+        Column("event_id", String, primary_key=True),
+        Column("receive_time", Timestamp, nullable=False, index=True),
+    )
+
+
+async def first_time(connection: AsyncConnection, table: Table, consumer: str, event_id: str) -> bool:
+    """Note that `consumer` takes `event_id` in this transaction; return False when it already has."""
+    return await insert_if_absent(
+        connection,
+        table,
+        {"consumer": consumer, "event_id": event_id, "receive_time": await now(connection)},
+    )
+
+
+async def forget(connection: AsyncConnection, table: Table, older_than: timedelta) -> None:
+    """Delete what was taken longer ago than a redelivery can come."""
+    await connection.execute(delete(table).where(table.c.receive_time < await now(connection) - older_than))
