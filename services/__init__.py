@@ -1,0 +1,1 @@
+"""The services. Each stands alone: they meet through generated stubs only."""

@@ -1,0 +1,1 @@
+"""Sessions and tokens of people, and the keys that sign them."""

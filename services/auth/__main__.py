@@ -1,0 +1,42 @@
+"""Runs the auth service: `python -m services.auth`. Wiring only."""
+
+import asyncio
+from functools import partial
+
+from atelier.auth.v1.auth_pb2_grpc import add_AuthServiceServicer_to_server
+from atelier.mesh.v1.identity_pb2_grpc import add_IdentityServiceServicer_to_server
+from atelier.user.v1.user_pb2_grpc import UserServiceStub
+
+from mesh import certificates, channel, database, service
+from mesh.clock import SystemClock
+from services.auth.config import Config
+from services.auth.feed import Feed
+from services.auth.handlers import AuthService, IdentityService
+from services.auth.keys import KeyRing
+from services.auth.repository import SqlKeys, SqlRevocations, SqlSessions
+from services.auth.upkeep import Upkeep
+
+
+async def main(config: Config) -> None:
+    async with (
+        certificates.kept(config) as leaf,
+        database.opened(config.database_url) as sql,
+        channel.opened("user", config, leaf) as user,
+    ):
+        clock, sessions, revocations = SystemClock(), SqlSessions(sql), SqlRevocations(sql)
+        keys = KeyRing(SqlKeys(sql), clock)
+        feed = Feed(keys, revocations)
+        auth = AuthService(sessions, revocations, keys, UserServiceStub(user), clock)
+        await service.serve(
+            config,
+            leaf,
+            partial(add_AuthServiceServicer_to_server, auth),
+            partial(add_IdentityServiceServicer_to_server, IdentityService(feed)),
+            dependencies=[sql.check],
+            background=[*feed.work(), *Upkeep(sessions, clock).work()],
+            identity=feed,
+        )
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Config()))

@@ -1,0 +1,209 @@
+"""What can be done to an image, what an image may be, and why work is refused. No I/O, no protobuf.
+
+Each operation is one dataclass with the name and the fields of its message in the contract; what its
+fields mean and may hold is said there, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from mesh.errors import DeadlineExceeded, InvalidArgument, Unavailable
+
+MAX_PIXELS = 100_000_000  # one worker's budget of time and memory; a full-frame camera makes 60 megapixels
+MAX_FRAMES = 500  # of an animation or a multi-page file; finding them costs time though only the first is used
+MAX_SIDE_PX = 16_384  # as the contract's bounds of width and height
+MAX_WEBP_SIDE_PX = 16_383  # 14 bits in its header
+MAX_NAME_LENGTH = 255  # of a stored file
+
+WHITE = "#ffffff"
+
+
+class InputUnsupported(InvalidArgument):
+    reason = "INPUT_UNSUPPORTED"
+
+
+class InputDamaged(InvalidArgument):
+    reason = "INPUT_DAMAGED"
+
+
+class ImageTooLarge(InvalidArgument):
+    reason = "IMAGE_TOO_LARGE"
+
+
+class OutputTooLarge(InvalidArgument):
+    reason = "OUTPUT_TOO_LARGE"
+
+
+class TextEmpty(InvalidArgument):
+    reason = "TEXT_EMPTY"
+
+
+class OperationUnknown(Unavailable):  # to this worker: while an installation is upgraded another one may know it
+    reason = "OPERATION_UNKNOWN"
+
+
+class TimeLimitExceeded(DeadlineExceeded):
+    reason = "TIME_LIMIT_EXCEEDED"
+
+
+class OutOfMemory(Unavailable):
+    reason = "OUT_OF_MEMORY"
+
+
+class WorkerCrashed(Unavailable):
+    reason = "WORKER_CRASHED"
+
+
+class StorageUnavailable(Unavailable):
+    reason = "STORAGE_UNAVAILABLE"
+
+
+class Format(Enum):
+    """File formats that can be written, by file name extension."""
+
+    JPEG = "jpg"
+    PNG = "png"
+    WEBP = "webp"
+    AVIF = "avif"
+
+    @property
+    def content_type(self) -> str:
+        return f"image/{self.name.lower()}"
+
+
+class Fit(Enum):
+    FIT = "fit"
+    FILL = "fill"
+    INSIDE = "inside"
+
+
+class Interest(Enum):
+    ATTENTION = "attention"
+    ENTROPY = "entropy"
+
+
+class Gravity(Enum):
+    """Where on the image: share of the free width on the left, of the free height above."""
+
+    CENTRE = (0.5, 0.5)
+    NORTH = (0.5, 0.0)
+    NORTH_EAST = (1.0, 0.0)
+    EAST = (1.0, 0.5)
+    SOUTH_EAST = (1.0, 1.0)
+    SOUTH = (0.5, 1.0)
+    SOUTH_WEST = (0.0, 1.0)
+    WEST = (0.0, 0.5)
+    NORTH_WEST = (0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """What all operations have; without a format the result has the input's, or is a PNG."""
+
+    format: Format | None = None
+    quality: int = 80
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resize(Operation):
+    width: int | None = None
+    height: int | None = None
+    fit: Fit = Fit.INSIDE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Convert(Operation):
+    background: str = WHITE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmartCrop(Operation):
+    width: int
+    height: int
+    interest: Interest = Interest.ATTENTION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    content: str
+    size_px: int | None = None
+    colour: str = WHITE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    file_id: str
+    scale: float = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watermark(Operation):
+    text: Text | None = None
+    image: Image | None = None
+    gravity: Gravity = Gravity.SOUTH_EAST
+    opacity: float = 0.5
+    margin_px: int = 16
+
+
+OPERATIONS: tuple[type[Operation], ...] = (Resize, Convert, SmartCrop, Watermark)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A result on disk; sides in pixels."""
+
+    format: Format
+    width: int
+    height: int
+
+
+def resized(width: int, height: int, operation: Resize) -> tuple[int, int]:
+    """Return the sides that a resize gives an image.
+
+    Args:
+        width: the image's own, pixels, > 0.
+        height: the image's own, pixels, > 0.
+        operation: has a width, a height or both.
+
+    Returns:
+        (width, height), pixels, each at least 1.
+    """
+    if operation.fit is Fit.FILL and operation.width and operation.height:
+        return operation.width, operation.height
+    scale = min(
+        wanted / present
+        for wanted, present in ((operation.width, width), (operation.height, height))
+        if wanted is not None
+    )
+    if operation.fit is Fit.INSIDE:
+        scale = min(scale, 1.0)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def placed(free_width: int, free_height: int, margin_px: int, gravity: Gravity) -> tuple[int, int]:
+    """Return where a mark's top left corner goes.
+
+    Args:
+        free_width: the image's width less the mark's, pixels, >= 0.
+        free_height: the image's height less the mark's, pixels, >= 0.
+        margin_px: distance from the edges, pixels; gives way where there is no room for it.
+        gravity: towards where.
+
+    Returns:
+        (x, y), pixels.
+    """
+    across, down = gravity.value
+    x_margin, y_margin = min(margin_px, free_width // 2), min(margin_px, free_height // 2)
+    return (
+        x_margin + round(across * (free_width - 2 * x_margin)),
+        y_margin + round(down * (free_height - 2 * y_margin)),
+    )
+
+
+def result_name(input_name: str, written: Written) -> str:
+    """Return the file name of a result, e.g. `photo-800x533.webp`."""
+    stem = input_name.rpartition(".")[0] or input_name
+    ending = f"-{written.width}x{written.height}.{written.format.value}"
+    return stem[: MAX_NAME_LENGTH - len(ending)] + ending

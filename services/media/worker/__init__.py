@@ -1,0 +1,1 @@
+"""Takes tasks and does them: `python -m services.media.worker`."""

@@ -1,0 +1,37 @@
+"""Runs a media worker: `python -m services.media.worker`. Wiring only."""
+
+import asyncio
+from functools import partial
+
+from atelier.storage.v1.storage_pb2_grpc import StorageServiceStub
+from atelier.task.v1.task_pb2_grpc import TaskServiceStub
+
+from mesh import broker, certificates, channel, discovery, service
+from services.media.config import WorkerConfig
+from services.media.worker import processes, storage
+from services.media.worker.tasks import Worker
+
+
+async def main(config: WorkerConfig) -> None:
+    async with (
+        certificates.kept(config) as leaf,
+        broker.opened(config.broker_url) as bus,
+        channel.opened("task", config, leaf) as tasks,
+        channel.opened("storage", config, leaf) as results,
+        discovery.followed("storage-http", config) as endpoints,
+        storage.opened(endpoints, leaf.tls_client("storage")) as files,
+        processes.opened(config) as slots,
+    ):
+        worker = Worker(
+            TaskServiceStub(tasks),
+            StorageServiceStub(results),
+            files,
+            slots,
+            worker_id=config.instance,
+            drain_seconds=config.drain_seconds,
+        )
+        await service.serve(config, leaf, dependencies=[bus.check], background=[partial(worker.run, bus)])
+
+
+if __name__ == "__main__":
+    asyncio.run(main(WorkerConfig()))

@@ -1,0 +1,85 @@
+"""The process in which libvips meets other people's bytes: jobs on standard input, answers on standard output.
+
+Jobs come pickled, from a parent that is trusted. Answers are JSON lines, never pickled: after a hostile image
+nothing that this process says may be believed further than that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import pickle
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mesh.errors import MeshError
+from services.media import operations
+from services.media.domain import Operation, OutOfMemory
+
+PROGRESS_SECONDS = 0.1
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+NICE = 5  # the event loops that keep leases and answer health checks come first
+
+Job = tuple[Operation, Path, dict[str, Path], Path]
+"""Operation, input, other files by id, output without its extension. It comes with the seconds it may take."""
+Answer = Callable[[dict[str, Any]], None]
+
+
+def main(memory_bytes: int) -> None:
+    # RLIMIT_DATA counts what is allocated; RLIMIT_AS would also count libraries and the stacks of idle threads.
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody waits for the answer of an orphan
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold somebody's picture
+    os.nice(NICE)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a codec prints is no answer
+
+    def answer(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=answers)
+
+    while True:
+        seconds: int
+        job: Job
+        try:
+            seconds, job = pickle.load(sys.stdin.buffer)  # noqa: S301 - from the parent, which started this process
+        except EOFError:
+            return
+        # The kernel ends this process when the time is up, also when the code hangs in C.
+        signal.alarm(seconds)
+        _answer(job, answer)
+        signal.alarm(0)
+
+
+def _answer(job: Job, answer: Answer) -> None:
+    try:
+        written = operations.run(*job, _Progress(answer))
+    except MeshError as refusal:
+        answer({"refused": [refusal.code_number, refusal.reason, refusal.message]})
+    except MemoryError:
+        answer({"refused": [OutOfMemory.code_number, OutOfMemory.reason, "The operation needs more memory."]})
+    except Exception:  # noqa: BLE001 - a bug: the worker logs it, and this process goes on
+        answer({"crashed": traceback.format_exc()[-8000:]})
+    else:
+        answer({"written": [written.format.name, written.width, written.height]})
+
+
+class _Progress:
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._next = 0.0
+
+    def __call__(self, share: float) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + PROGRESS_SECONDS
+            self._answer({"progress": share})
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

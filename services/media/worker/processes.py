@@ -1,0 +1,149 @@
+"""Slots: each a folder and a child process that does one operation at a time and may die of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from mesh.errors import BY_CODE_NUMBER, Internal
+from services.media.config import WorkerConfig
+from services.media.domain import Format, Operation, TimeLimitExceeded, WorkerCrashed, Written
+
+JOBS_PER_PROCESS = 500  # then a fresh one: whatever libraries leak is bounded
+
+# All that the child needs; the broker's password and the rest of our environment are none of its business.
+_ENVIRONMENT = ("PATH", "PYTHONPATH", "LANG", "LD_LIBRARY_PATH")
+
+
+class Slot:
+    """Room for one task: `folder` is its own, empty between tasks."""
+
+    def __init__(self, folder: Path, *, memory_bytes: int, seconds: Callable[[], int]) -> None:
+        self._root = folder
+        self.folder = folder / "task"
+        self._seconds = seconds
+        self._arguments = ("-m", "services.media.worker.child", str(memory_bytes))
+        self._process: Process | None = None
+        self._jobs = 0
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> Process:
+        """Return the child, started when there is none."""
+        if self._process is None:
+            temporary = self._root / "temporary"
+            temporary.mkdir(parents=True, exist_ok=True)
+            environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *self._arguments,
+                stdin=PIPE,
+                stdout=PIPE,
+                process_group=0,  # Ctrl-C and a supervisor's signals are for the worker, which decides
+                env=environment
+                | {"TMPDIR": str(temporary), "XDG_CACHE_HOME": str(self._root / "cache"), "VIPS_WARNING": "0"},
+            )
+            self._jobs = 0
+        return self._process
+
+    async def run(
+        self, operation: Operation, source: Path, files: dict[str, Path], output: Path, told: Callable[[float], None]
+    ) -> Written:
+        """Do an operation in the child. Cancelling kills the child at once; the next job gets a new one.
+
+        Args:
+            operation: what to do.
+            source: the input.
+            files: what else the operation names, by file id.
+            output: where the result goes, without its extension.
+            told: takes the share that is done, 0..1.
+
+        Raises:
+            MeshError: the operation's refusal, as `services.media.operations.run` has it.
+            TimeLimitExceeded: it took too long.
+            WorkerCrashed: the child died.
+        """
+        process, seconds = await self.start(), self._seconds()
+        assert process.stdin is not None  # noqa: S101 - started with pipes
+        assert process.stdout is not None  # noqa: S101 - likewise
+        self._jobs += 1
+        alive = False
+        try:
+            with contextlib.suppress(ConnectionError):  # it died: read what it said, and how
+                process.stdin.write(pickle.dumps((seconds, (operation, source, files, output))))
+                await process.stdin.drain()
+            while line := await process.stdout.readline():
+                message = json.loads(line)
+                if "progress" in message:
+                    told(message["progress"])
+                    continue
+                alive = self._jobs < JOBS_PER_PROCESS
+                return _outcome(message)
+            raise _death(await process.wait(), seconds)
+        finally:
+            if not alive:
+                await self.stop()
+
+    async def stop(self) -> None:
+        """End the child now; it holds nothing that the folders do not."""
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    async def clear(self) -> None:
+        """Empty the folders."""
+        for folder in (self.folder, self._root / "temporary"):
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+
+def _death(status: int, seconds: int) -> TimeLimitExceeded | WorkerCrashed:
+    if status == -signal.SIGALRM:
+        return TimeLimitExceeded(f"The operation takes longer than {seconds} s.", metadata={"seconds": str(seconds)})
+    return WorkerCrashed("The process that worked on the image died.", metadata={"status": str(status)})
+
+
+def _outcome(message: dict[str, list[object]]) -> Written:
+    match message:
+        case {"written": [str(name), int(width), int(height)]}:
+            return Written(Format[name], width, height)
+        case {"refused": [int(code), str(reason), str(text)]}:
+            refusal = BY_CODE_NUMBER.get(code, Internal)(text)
+            refusal.reason = reason
+            raise refusal
+        case _:
+            raise RuntimeError(f"a child process failed: {message.get('crashed', message)}")
+
+
+@asynccontextmanager
+async def opened(config: WorkerConfig) -> AsyncIterator[list[Slot]]:
+    """Hold the slots of a worker; what a killed worker of the same name left behind is removed."""
+    root = config.data_dir / config.service / config.instance
+    await asyncio.to_thread(shutil.rmtree, root, ignore_errors=True)
+    slots = [
+        Slot(root / str(number), memory_bytes=config.job_memory_bytes, seconds=lambda: config.job_seconds)
+        for number in range(config.slots)
+    ]
+    try:
+        for slot in slots:
+            await slot.clear()
+            await slot.start()
+        yield slots
+    finally:
+        for slot in slots:
+            await slot.stop()
+        await asyncio.to_thread(shutil.rmtree, root, ignore_errors=True)

@@ -1,0 +1,146 @@
+"""The bytes of a task, over storage's HTTP listener, under the task's capability."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+from urllib.parse import unquote
+
+import httpx
+from google.protobuf import json_format
+from google.rpc import status_pb2
+
+from mesh import channel, status
+from mesh.capability import CAPABILITY_KEY
+from mesh.errors import Internal, MeshError, Unavailable
+from services.media.domain import Format, StorageUnavailable
+
+CHUNK_BYTES = 1024 * 1024
+PAUSES_SECONDS = (0.2, 0.5, 1.0, 2.0)  # between rounds over the instances: a restart of storage goes unnoticed
+TIMEOUT = httpx.Timeout(30.0, connect=2.0)  # of one step; the lease bounds the whole
+
+T = TypeVar("T")
+
+
+class Endpoints(Protocol):
+    """The instances that answer now; `mesh.discovery.Endpoints` is one."""
+
+    def addresses(self) -> list[str]: ...
+
+
+class Storage:
+    """Reads inputs and writes results; any instance will do."""
+
+    def __init__(self, endpoints: Endpoints, client: httpx.AsyncClient) -> None:
+        self._endpoints = endpoints
+        self._client = client
+
+    def present(self) -> bool:
+        """Tell whether any instance answers, as far as is known here."""
+        return bool(self._endpoints.addresses())
+
+    async def read_input(self, file_id: str, capability: str, path: Path) -> str:
+        """Copy an input to `path` and return its name, empty when there is none.
+
+        Raises:
+            StorageUnavailable: no instance gave it.
+            MeshError: what storage refused it with.
+        """
+
+        async def read(base: str) -> str:
+            url = f"{base}/internal/v1/inputs/{file_id}"
+            async with self._client.stream("GET", url, headers=self._headers(capability)) as response:
+                await _require_success(response)
+                with path.open("wb") as file:
+                    async for chunk in response.aiter_bytes(CHUNK_BYTES):
+                        await asyncio.to_thread(file.write, chunk)
+                return _name(response.headers.get("content-disposition", ""))
+
+        return await self._somewhere(read)
+
+    async def write_result(self, path: Path, name: str, format_: Format, capability: str) -> str:
+        """Store the file at `path` as the result and return its id. Repeating it answers the same file.
+
+        Raises:
+            StorageUnavailable: no instance took it.
+            MeshError: what storage refused it with.
+        """
+        headers = self._headers(capability) | {
+            "content-type": format_.content_type,
+            "content-length": str((await asyncio.to_thread(path.stat)).st_size),
+        }
+
+        async def write(base: str) -> str:
+            response = await self._client.post(
+                f"{base}/internal/v1/results", params={"name": name}, headers=headers, content=_chunks(path)
+            )
+            await _require_success(response)
+            return str(response.json()["fileId"])
+
+        return await self._somewhere(write)
+
+    async def _somewhere(self, attempt: Callable[[str], Awaitable[T]]) -> T:
+        for pause_seconds in (*PAUSES_SECONDS, None):
+            for address in _shuffled(self._endpoints.addresses()):
+                try:
+                    return await attempt(f"https://{address}")
+                except (httpx.TransportError, Unavailable):
+                    continue
+            if pause_seconds is not None:
+                await asyncio.sleep(pause_seconds)
+        raise StorageUnavailable("The files could not be reached.")
+
+    def _headers(self, capability: str) -> dict[str, str]:
+        return dict(channel.outgoing_metadata()) | {CAPABILITY_KEY: capability}
+
+
+@asynccontextmanager
+async def opened(endpoints: Endpoints, tls: ssl.SSLContext) -> AsyncIterator[Storage]:
+    """Hold the connections to storage.
+
+    Args:
+        endpoints: its instances.
+        tls: shows who we are, and checks that it is storage.
+    """
+    # No proxy stands inside the mesh.
+    async with httpx.AsyncClient(timeout=TIMEOUT, trust_env=False, verify=tls) as client:
+        yield Storage(endpoints, client)
+
+
+async def _require_success(response: httpx.Response) -> None:
+    if response.is_success:
+        return
+    await response.aread()
+    raise _refusal(response)
+
+
+def _refusal(response: httpx.Response) -> MeshError:
+    if response.status_code >= 500:
+        return Unavailable(f"Storage answered {response.status_code}.")
+    try:
+        body: Any = response.json()
+        return status.from_status(json_format.ParseDict(body, status_pb2.Status(), ignore_unknown_fields=True))
+    except (JSONDecodeError, json_format.ParseError):
+        return Internal(f"Storage answered {response.status_code} in a way that makes no sense.")
+
+
+async def _chunks(path: Path) -> AsyncIterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
+            yield chunk
+
+
+def _name(disposition: str) -> str:
+    found = re.search(r"filename\*=UTF-8''([^;\s]+)", disposition)  # RFC 8187; storage always gives it
+    return unquote(found[1]) if found else ""
+
+
+def _shuffled(addresses: Sequence[str]) -> list[str]:
+    return random.sample(addresses, len(addresses))

@@ -1,0 +1,266 @@
+"""From a permit to a finished task: claim, keep the lease, work, finish. One task's fate touches no other's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from atelier.storage.v1 import storage_pb2, storage_pb2_grpc
+from atelier.task.v1 import task_pb2, task_pb2_grpc
+
+from mesh import bounds
+from mesh.broker import Broker, Delivery
+from mesh.errors import DeadlineExceeded, Internal, MeshError, Unavailable
+from services.media.convert import operation_from
+from services.media.domain import result_name
+from services.media.worker.processes import Slot
+from services.media.worker.storage import Storage
+
+POOL = "cpu"
+QUEUE = "media.cpu"
+LEASE_SHARE = 0.8  # of the lease; what is left is for clocks that run apart and calls under way
+RENEW_SECONDS = 1.0  # also how soon a cancelled task is noticed
+RENEW_AT_MOST_EVERY_SECONDS = 0.5
+RETRY_SECONDS = 0.3
+# Shares of the bar: most of a task's time is the operation itself.
+DOWNLOADED, PROCESSED = 0.1, 0.9
+
+log = logging.getLogger(__name__)
+
+
+class Draining(Unavailable):
+    reason = "DRAINING"
+
+
+class Lease:
+    """The right to work on a task, by this process's own clock."""
+
+    def __init__(self, assignment: task_pb2.ClaimTaskResponse.Assignment, sent_at: float) -> None:
+        self.task_id = assignment.task.task_id
+        self.attempt = assignment.task.attempt
+        self.capability = assignment.capability
+        self.lost = False
+        self.prolong(assignment.lease_duration.ToTimedelta().total_seconds(), sent_at)
+
+    def prolong(self, seconds: float, sent_at: float) -> None:
+        """Take a lease of `seconds` that was asked for at `sent_at` of the monotonic clock."""
+        self._until = sent_at + LEASE_SHARE * seconds
+
+    def left_seconds(self) -> float:
+        return self._until - time.monotonic()
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far one task is; `news` is set when that changed."""
+
+    news: asyncio.Event
+    fraction: float = 0.0
+    stage: str = "download"
+
+    def at(self, stage: str, fraction: float) -> None:
+        self.stage, self.fraction = stage, fraction
+        self.news.set()
+
+
+class Worker:
+    """Does as many tasks at a time as it has slots."""
+
+    def __init__(
+        self,
+        tasks: task_pb2_grpc.TaskServiceAsyncStub,
+        results: storage_pb2_grpc.StorageServiceAsyncStub,
+        storage: Storage,
+        slots: Sequence[Slot],
+        *,
+        worker_id: str,
+        drain_seconds: float,
+    ) -> None:
+        self._tasks = tasks
+        self._results = results
+        self._storage = storage
+        self._worker_id = worker_id
+        self._drain_seconds = drain_seconds
+        self._draining = False
+        self._working: set[asyncio.Task[None]] = set()
+        self._free: asyncio.Queue[Slot | None] = asyncio.Queue()  # None wakes who waits for a slot when draining
+        for slot in slots:
+            self._free.put_nowait(slot)
+
+    async def run(self, broker: Broker) -> None:
+        """Take permits for ever; when cancelled, finish what can be finished and give back the rest."""
+        # One permit at a time: a permit waits here only for a slot, and those that follow stay with the broker, for
+        # workers that have one.
+        consuming = asyncio.create_task(broker.consume(QUEUE, self.take, prefetch=1))
+        try:
+            await asyncio.wait([consuming])
+        except asyncio.CancelledError:
+            self._draining = True
+            self._free.put_nowait(None)
+            consuming.cancel()
+            await asyncio.wait([consuming])
+            await self._drain()
+            raise
+        consuming.result()
+
+    async def take(self, _permit: Delivery) -> None:
+        """Claim a task and begin it: then the permit has done its duty.
+
+        Raises:
+            Unavailable: not now: the permit is kept, and nothing else is taken until it could be used.
+        """
+        if not self._storage.present():
+            # Claimed now, every waiting task would use up its attempts on an outage that says nothing about it.
+            raise Unavailable("Storage is away.")
+        slot = await self._free.get()
+        if slot is None or self._draining:
+            raise Draining("This worker is stopping.")
+        sent_at = time.monotonic()
+        try:
+            claim = await self._tasks.ClaimTask(task_pb2.ClaimTaskRequest(pool=POOL, worker_id=self._worker_id))
+        except MeshError as failure:
+            self._free.put_nowait(slot)
+            raise Unavailable(f"No task could be claimed: {failure.message}") from failure
+        except BaseException:
+            self._free.put_nowait(slot)
+            raise
+        if not claim.HasField("assignment"):
+            self._free.put_nowait(slot)
+            return
+        working = asyncio.create_task(self._carry_out(claim.assignment, Lease(claim.assignment, sent_at), slot))
+        self._working.add(working)
+        working.add_done_callback(self._working.discard)
+
+    async def _drain(self) -> None:
+        if self._working:
+            await asyncio.wait(self._working, timeout=self._drain_seconds)
+        for working in self._working:
+            working.cancel()
+        if self._working:
+            await asyncio.wait(self._working)
+
+    async def _carry_out(self, assignment: task_pb2.ClaimTaskResponse.Assignment, lease: Lease, slot: Slot) -> None:
+        progress = Progress(asyncio.Event())
+        work = asyncio.create_task(self._result(assignment, slot, progress))
+        keeping = asyncio.create_task(self._keep(lease, progress, work))
+        began = time.monotonic()
+        try:
+            file_id = await work
+        except asyncio.CancelledError:
+            outcome = "lease lost" if lease.lost else "returned"
+            await self._discard(lease)
+            if not lease.lost:
+                await self._fail(lease, Draining("The worker stops."), returned=True)
+        except MeshError as failure:
+            outcome = failure.reason
+            keeping.cancel()
+            await self._fail(lease, failure)
+        except Exception:
+            log.exception("a task met a bug", extra={"task_id": lease.task_id})
+            outcome = "bug"
+            keeping.cancel()
+            await self._fail(lease, Internal("The worker failed."))
+        else:
+            keeping.cancel()
+            outcome = await self._complete(lease, file_id)
+        finally:
+            keeping.cancel()
+            await slot.clear()
+            self._free.put_nowait(slot)
+        log.info(
+            "task %s",
+            outcome,
+            extra={
+                "task_id": lease.task_id,
+                "attempt": lease.attempt,
+                "kind": assignment.task.operation.WhichOneof("kind"),
+                "seconds": round(time.monotonic() - began, 3),
+            },
+        )
+
+    async def _result(self, assignment: task_pb2.ClaimTaskResponse.Assignment, slot: Slot, progress: Progress) -> str:
+        """Do the work and return the id of what it made."""
+        task, capability = assignment.task, assignment.capability
+        operation = operation_from(task.operation)
+        source = slot.folder / "input"
+        name = await self._storage.read_input(task.input_file_id, capability, source)
+        files = {file_id: slot.folder / f"file-{n}" for n, file_id in enumerate(bounds.file_references(task.operation))}
+        for file_id, path in files.items():
+            await self._storage.read_input(file_id, capability, path)
+        progress.at("decode", DOWNLOADED)
+        written = await slot.run(
+            operation,
+            source,
+            files,
+            slot.folder / "result",
+            lambda share: progress.at("process", DOWNLOADED + (PROCESSED - DOWNLOADED) * share),
+        )
+        progress.at("upload", PROCESSED)
+        result = slot.folder / f"result.{written.format.value}"
+        return await self._storage.write_result(
+            result, result_name(name or task.task_id, written), written.format, capability
+        )
+
+    async def _keep(self, lease: Lease, progress: Progress, work: asyncio.Task[str]) -> None:
+        """Renew the lease until this is cancelled; when it is lost, stop the work."""
+        while True:
+            await asyncio.sleep(RENEW_AT_MOST_EVERY_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RENEW_SECONDS - RENEW_AT_MOST_EVERY_SECONDS):
+                    await progress.news.wait()
+            progress.news.clear()
+            request = task_pb2.RenewLeaseRequest(
+                task_id=lease.task_id,
+                attempt=lease.attempt,
+                progress=task_pb2.Task.Progress(fraction=progress.fraction, stage=progress.stage),
+            )
+            sent_at = time.monotonic()
+            try:
+                if lease.left_seconds() <= 0:
+                    raise DeadlineExceeded("The lease could not be renewed in time.")
+                renewed = await self._tasks.RenewLease(request, timeout=lease.left_seconds())
+                lease.prolong(renewed.lease_duration.ToTimedelta().total_seconds(), sent_at)
+            except MeshError as failure:
+                if failure.reason == "LEASE_LOST" or lease.left_seconds() <= 0:
+                    lease.lost = True
+                    work.cancel()
+                    return
+
+    async def _complete(self, lease: Lease, file_id: str) -> str:
+        request = task_pb2.CompleteTaskRequest(task_id=lease.task_id, attempt=lease.attempt, output_file_ids=[file_id])
+        reason = await self._told(lease, self._tasks.CompleteTask, request)
+        if reason == "LEASE_LOST":
+            await self._discard(lease)
+        return reason or "succeeded"
+
+    async def _fail(self, lease: Lease, failure: MeshError, *, returned: bool = False) -> None:
+        request = task_pb2.FailTaskRequest(
+            task_id=lease.task_id,
+            attempt=lease.attempt,
+            error=task_pb2.Task.Error(code=failure.code_number, message=failure.message, reason=failure.reason),
+            transient=isinstance(failure, Unavailable | Internal),
+            returned=returned,
+        )
+        await self._told(lease, self._tasks.FailTask, request)
+
+    async def _told(self, lease: Lease, call: Callable[[Any], Awaitable[Any]], request: Any) -> str:
+        """Tell the task service how an attempt ended; return why it does not know, empty when it does."""
+        while True:
+            try:
+                await call(request)
+            except MeshError as failure:
+                if failure.reason == "LEASE_LOST" or lease.left_seconds() <= 0:
+                    return failure.reason
+                await asyncio.sleep(RETRY_SECONDS)
+            else:
+                return ""
+
+    async def _discard(self, lease: Lease) -> None:
+        """Delete what the attempt may have stored; storage's own reconciler does it where this fails."""
+        with contextlib.suppress(MeshError):
+            await self._results.DiscardResult(storage_pb2.DiscardResultRequest(capability=lease.capability))

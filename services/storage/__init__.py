@@ -1,0 +1,1 @@
+"""Files of people and results of tasks: rows in a database, bytes in a folder."""

@@ -1,0 +1,21 @@
+"""Settings of the storage service: `STORAGE_…` in the environment, `ATELIER_…` for what all services share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic_settings import SettingsConfigDict
+
+from mesh.config import ServiceConfig
+
+
+class Config(ServiceConfig):
+    """What the storage service must know."""
+
+    service: ClassVar[str] = "storage"
+    model_config = SettingsConfigDict(env_prefix="STORAGE_")
+
+    database_url: str
+    blobs_dir: Path
+    """Shared by all replicas, on a disk of this machine."""

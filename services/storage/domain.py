@@ -1,0 +1,264 @@
+"""What a file is, the rules it obeys, and the ports to whatever keeps it. No I/O, no protobuf."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum, auto
+from typing import Protocol
+
+from mesh.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PayloadTooLarge,
+    Unavailable,
+)
+
+MAX_NAME_LENGTH = 255
+HEAD_BYTES = 4096  # enough for every signature we know, and for the prologue of an SVG
+
+
+class FileNotFound(NotFound):
+    reason = "FILE_NOT_FOUND"
+
+
+class FileEmpty(InvalidArgument):
+    reason = "FILE_EMPTY"
+
+
+class FileTooLarge(PayloadTooLarge):
+    reason = "FILE_TOO_LARGE"
+
+
+class FileNameMalformed(InvalidArgument):
+    reason = "FILE_NAME_MALFORMED"
+
+
+class ContentTypeMismatch(InvalidArgument):
+    reason = "CONTENT_TYPE_MISMATCH"
+
+
+class StorageFull(Unavailable):
+    reason = "STORAGE_FULL"
+
+
+class UploadUndone(Aborted):
+    reason = "UPLOAD_UNDONE"
+
+
+class ResultInUse(FailedPrecondition):
+    reason = "RESULT_IN_USE"
+
+
+@dataclass(frozen=True, slots=True)
+class NewFile:
+    """A file that is to be kept; its bytes have arrived. `task_id` and `attempt` are those of a result."""
+
+    file_id: str
+    user_id: str
+    name: str
+    content_type: str
+    size_bytes: int
+    sha256: str
+    task_id: str | None = None
+    attempt: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File(NewFile):
+    """A file of a user.
+
+    Until it is `ready` its bytes or its quota are not certain and nobody sees it. A result is `confirmed`
+    once its task has taken it; uploads are from the start.
+    """
+
+    create_time: datetime
+    ready: bool
+    confirmed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a user keeps."""
+
+    file_count: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a task stands."""
+
+    ended: bool
+    attempt: int
+    output_file_ids: Collection[str]
+
+
+class Verdict(Enum):
+    """What becomes of a result."""
+
+    TAKEN = auto()
+    REFUSED = auto()
+    OPEN = auto()
+
+
+class Incoming(Protocol):
+    """Bytes that have arrived and are not kept yet."""
+
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def head(self) -> bytes:
+        """The first `HEAD_BYTES`."""
+
+
+class Blobs(Protocol):
+    """Where bytes are kept, each content once, by its SHA-256."""
+
+    def received(self, chunks: AsyncIterator[bytes], limit_bytes: int) -> AbstractAsyncContextManager[Incoming]:
+        """Take in bytes; without `keep` they are gone at the end. Raises FileTooLarge, StorageFull."""
+
+    async def keep(self, incoming: Incoming) -> None:
+        """Make the bytes last. Raises StorageFull."""
+
+    async def read(self, sha256: str, start: int, stop: int) -> AsyncIterator[bytes]:
+        """Open the bytes from `start` up to `stop`; what is open stays readable. Raises FileNotFound."""
+
+    async def remove(self, sha256: str) -> None:
+        """Remove the bytes, as one step that a cancelled caller cannot leave running behind it."""
+
+    async def remove_leftovers(self, grace_seconds: float) -> None:
+        """Remove what uploads left behind that ended with their process."""
+
+    def older_than(self, grace_seconds: float) -> AsyncIterator[tuple[str, Sequence[str]]]:
+        """Give, prefix by prefix, the SHA-256 of the contents that came before `grace_seconds` ago."""
+
+
+class Files(Protocol):
+    """Where it is known which files there are. Each method is one transaction; ages are by its own clock.
+
+    Whatever takes a row away frees its request id, and leaves a debt in the same transaction: quota to give back.
+    """
+
+    async def begin(self, file: NewFile, request_id: str) -> File:
+        """Store the row of `file`, not ready, or return that of an earlier call.
+
+        The earlier call is the user's with this `request_id`, or for a result the one of its task and attempt.
+        """
+
+    async def finish(self, file_id: str) -> File | None:
+        """Make a file ready; None when its row was taken away meanwhile."""
+
+    async def undo(self, file_id: str) -> bool:
+        """Take away a row unless it is ready; say whether it is gone, and so a debt stands."""
+
+    async def get(self, user_id: str, file_id: str) -> File:
+        """Return a ready file. Raises FileNotFound."""
+
+    async def page(self, user_id: str, size: int, before: str | None) -> Sequence[File]:
+        """Return at most `size` confirmed files, newest first, that are older than the id `before`."""
+
+    async def usage(self, user_id: str) -> Usage:
+        """Return what a user keeps."""
+
+    async def delete(self, user_id: str, file_id: str) -> File:
+        """Take a file away. Raises FileNotFound."""
+
+    async def result(self, task_id: str, attempt: int) -> File | None:
+        """Return the file that an attempt wrote, ready or not."""
+
+    async def confirm(self, task_id: str, file_ids: Collection[str], event_id: str | None = None) -> None:
+        """Note that a task took its results; an event counts once."""
+
+    async def refuse(self, file_id: str) -> bool:
+        """Take a result away unless it is confirmed; say whether that was done, and so a debt stands."""
+
+    async def stale(self, age_seconds: float) -> Sequence[File]:
+        """Return files that are not ready though they began `age_seconds` ago; oldest first, some."""
+
+    async def unconfirmed(self, age_seconds: float) -> Sequence[File]:
+        """Return ready results that wait for their task since `age_seconds`; oldest first, some."""
+
+    async def debts(self) -> Sequence[str]:
+        """Return ids of files that are gone and whose quota is not back yet; some."""
+
+    async def pay(self, file_id: str) -> None:
+        """Note that a file's quota is back."""
+
+    async def known_contents(self, prefix: str) -> Collection[str]:
+        """Return every SHA-256 with `prefix` that a row has."""
+
+    def unused(self, sha256: str) -> AbstractAsyncContextManager[bool]:
+        """Say whether no row has this content, and keep it so until the end."""
+
+    async def forget(self) -> None:
+        """Remove request ids and event ids that are past their time."""
+
+
+class Quota(Protocol):
+    """The user service's account of bytes; a file's reservation has the file's id."""
+
+    async def reserve(self, file_id: str, user_id: str, size_bytes: int) -> None: ...
+    async def settle(self, file_id: str) -> None: ...
+    async def release(self, file_id: str) -> None: ...
+
+
+class Tasks(Protocol):
+    """The task service's word on tasks."""
+
+    async def standing(self, task_id: str) -> Standing | None:
+        """Return where a task stands; None when there is no such task."""
+
+
+def require_name(name: str) -> None:
+    """Refuse a name that cannot be a file's name somewhere.
+
+    Raises:
+        FileNameMalformed: empty, too long, with a `/` or a control character, or `.` or `..`.
+    """
+    wrong = next((sign for sign in name if sign == "/" or unicodedata.category(sign) in {"Cc", "Cs", "Zl", "Zp"}), "")
+    if not name or len(name) > MAX_NAME_LENGTH or wrong or name in {".", ".."}:
+        raise FileNameMalformed(
+            f"A file's name has 1 to {MAX_NAME_LENGTH} characters, no '/' and no control characters.",
+            metadata={"max_length": str(MAX_NAME_LENGTH), "length": str(len(name)), "character": ascii(wrong)[1:-1]},
+            violations={"name": f"1 to {MAX_NAME_LENGTH} characters, no '/', no control characters"},
+        )
+
+
+def require_size(size_bytes: int, limit_bytes: int) -> None:
+    """Refuse a length that is too much. Raises FileTooLarge."""
+    if size_bytes > limit_bytes:
+        raise FileTooLarge(
+            f"The file is too large: at most {limit_bytes} bytes are taken.",
+            metadata={"limit_bytes": str(limit_bytes)},
+        )
+
+
+def require_not_empty(size_bytes: int) -> None:
+    """Refuse nothing at all. Raises FileEmpty."""
+    if size_bytes == 0:
+        raise FileEmpty("The body is empty: send the file's bytes as the body.", metadata={"size_bytes": "0"})
+
+
+def fingerprint(file: NewFile) -> bytes:
+    """Return what two uploads under one request id must have in common."""
+    return hashlib.sha256(f"{file.sha256}/{file.name}".encode()).digest()
+
+
+def verdict(file: File, standing: Standing | None) -> Verdict:
+    """Return what becomes of a result, given where its task stands."""
+    if standing is None:
+        return Verdict.REFUSED
+    if file.file_id in standing.output_file_ids:
+        return Verdict.TAKEN
+    if standing.ended or file.attempt is None or standing.attempt > file.attempt:
+        return Verdict.REFUSED
+    return Verdict.OPEN

@@ -1,0 +1,62 @@
+"""atelier.storage.v1.StorageService, but for the rpcs that carry bytes: those are in `http`."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from atelier.storage.v1 import storage_pb2 as pb
+from atelier.storage.v1 import storage_pb2_grpc
+
+from mesh import capability, context, paging
+from mesh.errors import Unimplemented
+from services.storage.convert import file_to_proto
+from services.storage.domain import Files
+from services.storage.keeping import Keeping
+
+
+class ServedOverHttp(Unimplemented):
+    reason = "SERVED_OVER_HTTP"
+
+
+class StorageService(storage_pb2_grpc.StorageServiceServicer):
+    """Raises MeshError only; the server's interceptors turn it into a status."""
+
+    def __init__(self, files: Files, keeping: Keeping, capability_key: str) -> None:
+        self._files = files
+        self._keeping = keeping
+        self._capability_key = capability_key
+
+    async def ListFiles(self, request: pb.ListFilesRequest, _: object) -> pb.ListFilesResponse:
+        size = request.page_size or paging.DEFAULT_PAGE_SIZE
+        before = str(paging.decode(request.page_token, [str])[0]) if request.page_token else None
+        # One more than asked for tells whether there is a page after this one.
+        found = await self._files.page(context.user().user_id, size + 1, before)
+        page = found[:size]
+        return pb.ListFilesResponse(
+            files=[file_to_proto(file) for file in page],
+            next_page_token=paging.encode([page[-1].file_id]) if len(found) > size else "",
+        )
+
+    async def GetFile(self, request: pb.GetFileRequest, _: object) -> pb.File:
+        return file_to_proto(await self._files.get(context.user().user_id, request.file_id))
+
+    async def DeleteFile(self, request: pb.DeleteFileRequest, _: object) -> pb.DeleteFileResponse:
+        await self._keeping.delete(context.user().user_id, request.file_id)
+        return pb.DeleteFileResponse()
+
+    async def GetUsage(self, _request: pb.GetUsageRequest, _: object) -> pb.Usage:
+        usage = await self._files.usage(context.user().user_id)
+        return pb.Usage(file_count=usage.file_count, size_bytes=usage.size_bytes)
+
+    async def StatFile(self, request: pb.StatFileRequest, _: object) -> pb.File:
+        return file_to_proto(await self._keeping.usable(request.user_id, request.file_id))
+
+    async def DiscardResult(self, request: pb.DiscardResultRequest, _: object) -> pb.DiscardResultResponse:
+        granted = capability.verify(self._capability_key, request.capability)
+        await self._keeping.discard(granted.task_id, granted.attempt)
+        return pb.DiscardResultResponse()
+
+    async def _served_over_http(self, *_: Any, **__: Any) -> NoReturn:
+        raise ServedOverHttp("Calls that carry files are made over HTTP, at the same edge.")
+
+    UploadFile = GetFileContent = ReadInput = WriteResult = _served_over_http

@@ -1,0 +1,138 @@
+"""In which order a file comes and goes, so that a crash at any line leaves nothing behind.
+
+Coming: bytes arrive → row, not ready → quota reserved → bytes made to last → quota settled → row ready.
+Going: row away and its debt noted, in one transaction → bytes removed, if no row has them → quota given back.
+
+Nobody sees a row before it is ready. What breaks off halfway is put right by `upkeep`: each step is safe to repeat
+and to run twice at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+
+from mesh.errors import MeshError
+from services.storage.domain import (
+    Blobs,
+    File,
+    FileNotFound,
+    Files,
+    Incoming,
+    NewFile,
+    Quota,
+    ResultInUse,
+    Tasks,
+    UploadUndone,
+    Verdict,
+    verdict,
+)
+
+log = logging.getLogger(__name__)
+
+GIVE_BACK_SECONDS = 2.0  # how long a delete waits for its quota before it leaves that to upkeep
+
+
+class Keeping:
+    """Brings files in and takes them away."""
+
+    def __init__(self, files: Files, blobs: Blobs, quota: Quota, tasks: Tasks) -> None:
+        self._files = files
+        self._blobs = blobs
+        self._quota = quota
+        self._tasks = tasks
+
+    async def keep(self, new: NewFile, incoming: Incoming, request_id: str = "") -> File:
+        """Store a file whose bytes have arrived, or return what an earlier call of the same kind stored.
+
+        Raises:
+            MeshError: the quota's or the disk's refusal, or UploadUndone; nothing is kept then.
+        """
+        begun = await self._files.begin(new, request_id)
+        if begun.ready:
+            return begun
+        try:
+            await self._quota.reserve(begun.file_id, begun.user_id, begun.size_bytes)
+            await self._blobs.keep(incoming)
+            await self._quota.settle(begun.file_id)
+        except MeshError:
+            await tried(self.undo(begun))
+            raise
+        kept = await self._files.finish(begun.file_id)
+        if kept is None:
+            await tried(self.undo(begun))
+            raise UploadUndone("Storing the file took too long and was given up; send it again.", retry_after_seconds=1)
+        return kept
+
+    async def delete(self, user_id: str, file_id: str) -> None:
+        """Take a file away. Raises FileNotFound."""
+        await self._clear(await self._files.delete(user_id, file_id))
+
+    async def usable(self, user_id: str, file_id: str) -> File:
+        """Return a file that work may be based on: an upload, or a result that its task took.
+
+        Raises:
+            FileNotFound: none, another user's, or a result that its task has not taken.
+        """
+        file = await self._files.get(user_id, file_id)
+        # The event may still be on its way when the owner already goes on with the result.
+        if file.confirmed or await self._judged(file) is Verdict.TAKEN:
+            return file
+        raise FileNotFound(f"There is no file {file_id}.", metadata={"file_id": file_id})
+
+    async def discard(self, task_id: str, attempt: int) -> None:
+        """Take away what an attempt wrote. Raises ResultInUse when its task took it."""
+        file = await self._files.result(task_id, attempt)
+        if file is None:
+            return
+        if file.confirmed or await self._judged(file) is Verdict.TAKEN:
+            raise ResultInUse(
+                f"The task took the file {file.file_id}: it cannot be discarded.", metadata={"file_id": file.file_id}
+            )
+        await self._refuse(file)
+
+    async def settle(self, result: File) -> None:
+        """Confirm or refuse a result as its task has; leave it while the task works."""
+        if await self._judged(result) is Verdict.REFUSED:
+            await self._refuse(result)
+
+    async def undo(self, file: File) -> None:
+        """Take away what was begun, unless it is ready meanwhile."""
+        if await self._files.undo(file.file_id):
+            await self._clear(file)
+
+    async def remove_unused(self, sha256: str) -> None:
+        """Remove bytes, unless a row has them."""
+        async with self._files.unused(sha256) as unused:
+            if unused:
+                await self._blobs.remove(sha256)
+
+    async def give_back(self, file_id: str) -> None:
+        """Pay the debt of a file that is gone."""
+        async with asyncio.timeout(GIVE_BACK_SECONDS):
+            await self._quota.release(file_id)
+        await self._files.pay(file_id)
+
+    async def _judged(self, file: File) -> Verdict:
+        found = verdict(file, await self._tasks.standing(file.task_id or ""))
+        if found is Verdict.TAKEN:
+            await self._files.confirm(file.task_id or "", [file.file_id])
+        return found
+
+    async def _refuse(self, file: File) -> None:
+        if await self._files.refuse(file.file_id):
+            await self._clear(file)
+
+    async def _clear(self, file: File) -> None:
+        """Follow a row that is gone with its bytes and its quota; what fails here, upkeep does later."""
+        await tried(self.remove_unused(file.sha256))
+        await tried(self.give_back(file.file_id))
+
+
+async def tried(step: Awaitable[None]) -> None:
+    """Take a step that upkeep takes again when it fails."""
+    try:
+        await step
+    except (MeshError, OSError) as error:  # a timeout is an OSError
+        log.warning("upkeep put off", extra={"failure": repr(error)})

@@ -1,0 +1,192 @@
+"""Files in a SQL database."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Row, delete, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from mesh import idempotency, inbox
+from mesh.database import Database, insert_if_absent, now
+from services.storage.domain import File, FileNotFound, NewFile, Usage, fingerprint
+from services.storage.tables import debt, file, idempotency_table, inbox_table
+
+SOME = 100  # rows that one round of upkeep takes at most, so that a round stays short
+EVENTS_KEPT = timedelta(days=7)  # far longer than the broker redelivers
+
+
+class SqlFiles:
+    """Satisfies `domain.Files`. One transaction per method."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def begin(self, new: NewFile, request_id: str) -> File:
+        async with self._database.transaction() as connection:
+            if new.task_id is not None:
+                first = await _one(connection, _of_attempt(new.task_id, new.attempt))
+                if first is not None and (first.ready or first.sha256 == new.sha256):
+                    return first
+                # An earlier write broke off with other bytes: this one takes its place.
+                await _take_away(connection, _of_attempt(new.task_id, new.attempt))
+            elif request_id:
+                file_id, fresh = await idempotency.adopt(
+                    connection,
+                    idempotency_table,
+                    caller=new.user_id,
+                    method="UploadFile",
+                    key=request_id,
+                    fingerprint=fingerprint(new),
+                    new_id=new.file_id,
+                )
+                first = None if fresh else await _one(connection, file.c.file_id == file_id)
+                if first is not None:
+                    return first
+            begun = File(
+                **dataclasses.asdict(new),
+                create_time=await now(connection),
+                ready=False,
+                confirmed=new.task_id is None,
+            )
+            await connection.execute(insert(file).values(dataclasses.asdict(begun)))
+        return begun
+
+    async def finish(self, file_id: str) -> File | None:
+        async with self._database.transaction() as connection:
+            await connection.execute(update(file).where(file.c.file_id == file_id).values(ready=True))
+            return await _one(connection, file.c.file_id == file_id)
+
+    async def undo(self, file_id: str) -> bool:
+        async with self._database.transaction() as connection:
+            if await _take_away(connection, (file.c.file_id == file_id) & ~file.c.ready) is not None:
+                return True
+            if await _one(connection, file.c.file_id == file_id) is not None:
+                return False  # a twin of the call, with the same request id, made it ready
+            # Undone before, perhaps between this call's begin and its reserving: the quota goes back once more.
+            await _owe(connection, file_id)
+            return True
+
+    async def get(self, user_id: str, file_id: str) -> File:
+        async with self._database.reading() as connection:
+            found = await _one(connection, _visible(user_id, file_id))
+        return _required(found, file_id)
+
+    async def page(self, user_id: str, size: int, before: str | None) -> Sequence[File]:
+        # Ids are time-ordered, so the newest come first.
+        rows = select(file).where(file.c.user_id == user_id, file.c.ready, file.c.confirmed)
+        if before is not None:
+            rows = rows.where(file.c.file_id < before)
+        rows = rows.order_by(file.c.file_id.desc()).limit(size)
+        async with self._database.reading() as connection:
+            return [_from_row(row) for row in await connection.execute(rows)]
+
+    async def usage(self, user_id: str) -> Usage:
+        total = select(func.count(), func.coalesce(func.sum(file.c.size_bytes), 0))
+        async with self._database.reading() as connection:
+            count, size = (await connection.execute(total.where(file.c.user_id == user_id, file.c.ready))).one()
+        return Usage(file_count=count, size_bytes=int(size))
+
+    async def delete(self, user_id: str, file_id: str) -> File:
+        async with self._database.transaction() as connection:
+            taken = await _take_away(connection, _visible(user_id, file_id))
+        return _required(taken, file_id)
+
+    async def result(self, task_id: str, attempt: int) -> File | None:
+        async with self._database.reading() as connection:
+            return await _one(connection, _of_attempt(task_id, attempt))
+
+    async def confirm(self, task_id: str, file_ids: Collection[str], event_id: str | None = None) -> None:
+        async with self._database.transaction() as connection:
+            if event_id is None or await inbox.first_time(connection, inbox_table, "storage.events", event_id):
+                taken = (file.c.task_id == task_id) & file.c.file_id.in_(file_ids)
+                await connection.execute(update(file).where(taken).values(confirmed=True))
+
+    async def refuse(self, file_id: str) -> bool:
+        async with self._database.transaction() as connection:
+            return await _take_away(connection, (file.c.file_id == file_id) & ~file.c.confirmed) is not None
+
+    async def stale(self, age_seconds: float) -> Sequence[File]:
+        return await self._older(age_seconds, ~file.c.ready)
+
+    async def unconfirmed(self, age_seconds: float) -> Sequence[File]:
+        return await self._older(age_seconds, file.c.ready & ~file.c.confirmed)
+
+    async def debts(self) -> Sequence[str]:
+        async with self._database.reading() as connection:
+            return (
+                (await connection.execute(select(debt.c.file_id).order_by(debt.c.create_time).limit(SOME)))
+                .scalars()
+                .all()
+            )
+
+    async def pay(self, file_id: str) -> None:
+        async with self._database.transaction() as connection:
+            await connection.execute(delete(debt).where(debt.c.file_id == file_id))
+
+    async def known_contents(self, prefix: str) -> Collection[str]:
+        # "g" comes after every hexadecimal digit; a range uses the index, as LIKE would not.
+        known = select(file.c.sha256).distinct().where(file.c.sha256.between(prefix, prefix + "g"))
+        async with self._database.reading() as connection:
+            return set((await connection.execute(known)).scalars())
+
+    @asynccontextmanager
+    async def unused(self, sha256: str) -> AsyncIterator[bool]:
+        # It stays so because SQLite has one writer: no row can come while this transaction lasts, and an upload
+        # brings its own bytes after its row. A database with several writers needs a lock on the content, here
+        # and in `begin`.
+        async with self._database.transaction() as connection:
+            yield await _one(connection, file.c.sha256 == sha256) is None
+
+    async def forget(self) -> None:
+        async with self._database.transaction() as connection:
+            await idempotency.forget(connection, idempotency_table)
+            await inbox.forget(connection, inbox_table, EVENTS_KEPT)
+
+    async def _older(self, age_seconds: float, which: ColumnElement[bool]) -> Sequence[File]:
+        async with self._database.reading() as connection:
+            before = await now(connection) - timedelta(seconds=age_seconds)
+            rows = select(file).where(which, file.c.create_time < before).order_by(file.c.create_time).limit(SOME)
+            return [_from_row(row) for row in await connection.execute(rows)]
+
+
+def _visible(user_id: str, file_id: str) -> ColumnElement[bool]:
+    return (file.c.file_id == file_id) & (file.c.user_id == user_id) & file.c.ready
+
+
+def _of_attempt(task_id: str, attempt: int | None) -> ColumnElement[bool]:
+    return (file.c.task_id == task_id) & (file.c.attempt == attempt)
+
+
+async def _one(connection: AsyncConnection, which: ColumnElement[bool]) -> File | None:
+    row = (await connection.execute(select(file).where(which).limit(1))).one_or_none()
+    return None if row is None else _from_row(row)
+
+
+async def _take_away(connection: AsyncConnection, which: ColumnElement[bool]) -> File | None:
+    """Delete a row with its request id, and note the debt."""
+    taken = await _one(connection, which)
+    if taken is not None:
+        await connection.execute(delete(file).where(file.c.file_id == taken.file_id))
+        # A later call with the key must not be told of a file that is no more.
+        await connection.execute(delete(idempotency_table).where(idempotency_table.c.resource_id == taken.file_id))
+        await _owe(connection, taken.file_id)
+    return taken
+
+
+async def _owe(connection: AsyncConnection, file_id: str) -> None:
+    await insert_if_absent(connection, debt, {"file_id": file_id, "create_time": await now(connection)})
+
+
+def _required(found: File | None, file_id: str) -> File:
+    if found is None:
+        raise FileNotFound(f"There is no file {file_id}.", metadata={"file_id": file_id})
+    return found
+
+
+def _from_row(row: Row[Any]) -> File:
+    return File(**row._mapping)  # noqa: SLF001 - the underscore only keeps it clear of column names

@@ -1,0 +1,54 @@
+"""The tables of the storage service."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+from mesh import idempotency, inbox
+from mesh.database import Timestamp
+
+metadata = MetaData()
+
+file = Table(
+    "file",
+    metadata,
+    Column("file_id", Text, primary_key=True),
+    Column("user_id", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("content_type", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sha256", Text, nullable=False, index=True),
+    Column("task_id", Text),  # null for an upload
+    Column("attempt", Integer),
+    Column("create_time", Timestamp, nullable=False),
+    Column("ready", Boolean, nullable=False),
+    Column("confirmed", Boolean, nullable=False),
+    CheckConstraint("size_bytes > 0", name="file_not_empty"),
+    # One result an attempt: the fence of a repeated write. Nulls do not collide.
+    UniqueConstraint("task_id", "attempt", name="file_of_attempt"),
+    Index("file_of_user", "user_id", "file_id"),
+    Index("file_unsettled", "ready", "confirmed", "create_time"),
+)
+
+# Quota that must still be given back, by the file it was reserved for: written with the row's removal, so that
+# neither a crash nor an outage of the user service can lose it.
+debt = Table(
+    "debt",
+    metadata,
+    Column("file_id", Text, primary_key=True),
+    Column("create_time", Timestamp, nullable=False),
+)
+
+idempotency_table = idempotency.table(metadata)
+inbox_table = inbox.table(metadata)

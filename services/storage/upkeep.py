@@ -1,0 +1,43 @@
+"""What no request does: puts right what broke off halfway, and removes what nobody has. Every replica does it."""
+
+from __future__ import annotations
+
+from mesh.service import Background, every
+from services.storage.domain import Blobs, Files
+from services.storage.keeping import Keeping, tried
+
+TEND_SECONDS = 15.0
+SWEEP_SECONDS = 3600.0  # a sweep walks the whole folder
+STALE_SECONDS = 300.0  # much longer than the calls between a row's begin and its end may take together
+UNCONFIRMED_SECONDS = 120.0  # the event comes within a second or so; then the task service is asked
+GRACE_SECONDS = 3600.0  # much longer than an upload may take
+
+
+class Upkeep:
+    """Keeps rows, bytes and quota in agreement while its `work` runs."""
+
+    def __init__(self, files: Files, blobs: Blobs, keeping: Keeping) -> None:
+        self._files = files
+        self._blobs = blobs
+        self._keeping = keeping
+
+    def work(self) -> list[Background]:
+        """Return what must run for ever."""
+        return [every(TEND_SECONDS, self.tend), every(SWEEP_SECONDS, self.sweep)]
+
+    async def tend(self) -> None:
+        """Undo what broke off, settle what waits for a task, and give quota back."""
+        for file in await self._files.stale(STALE_SECONDS):
+            await tried(self._keeping.undo(file))
+        for result in await self._files.unconfirmed(UNCONFIRMED_SECONDS):
+            await tried(self._keeping.settle(result))
+        for file_id in await self._files.debts():
+            await tried(self._keeping.give_back(file_id))
+
+    async def sweep(self) -> None:
+        """Remove bytes that no row has, and ids that are past their time."""
+        await self._files.forget()
+        await self._blobs.remove_leftovers(GRACE_SECONDS)
+        async for prefix, contents in self._blobs.older_than(GRACE_SECONDS):
+            for sha256 in set(contents) - set(await self._files.known_contents(prefix)):
+                await self._keeping.remove_unused(sha256)

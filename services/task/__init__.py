@@ -1,0 +1,1 @@
+"""What becomes of every task: who may work on it, how often, until when."""

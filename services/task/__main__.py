@@ -1,0 +1,39 @@
+"""Runs the task service: `python -m services.task`. Wiring only."""
+
+import asyncio
+from functools import partial
+
+from atelier.storage.v1.storage_pb2_grpc import StorageServiceStub
+from atelier.task.v1.task_pb2_grpc import add_TaskServiceServicer_to_server
+from atelier.user.v1.user_pb2_grpc import UserServiceStub
+
+from mesh import broker, certificates, channel, database, outbox, service
+from mesh.clock import SystemClock
+from services.task import convert, handlers, repository, tables, upkeep, watch
+from services.task.config import Config
+
+
+async def main(config: Config) -> None:
+    async with (
+        certificates.kept(config) as leaf,
+        database.opened(config.database_url) as sql,
+        broker.opened(config.broker_url) as bus,
+        channel.opened("storage", config, leaf) as storage,
+        channel.opened("user", config, leaf) as user,
+    ):
+        tasks, clock = repository.SqlTasks(sql, convert.message_of), SystemClock()
+        relay, watches = outbox.Relay(sql, tables.outbox_table, bus), watch.Watches(tasks, clock)
+        tasks.after_commit(watches.changed, lambda _: relay.wake())
+        peers, key = (StorageServiceStub(storage), UserServiceStub(user)), config.secret("capability.key")
+        servicer = handlers.TaskService(tasks, watches, *peers, capability_key=key, terms=config.terms, clock=clock)
+        await service.serve(
+            config,
+            leaf,
+            partial(add_TaskServiceServicer_to_server, servicer),
+            dependencies=[sql.check],  # not the broker: without it tasks are taken, and go out later
+            background=[relay.run, *watches.work(bus), *upkeep.Upkeep(tasks, bus, config.terms).work()],
+        )
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Config()))

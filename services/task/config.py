@@ -1,0 +1,35 @@
+"""Settings of the task service: `TASK_…` in the environment, `ATELIER_…` for what all services share."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import ClassVar
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from mesh.config import ServiceConfig
+from services.task.domain import Terms
+
+
+class Config(ServiceConfig):
+    """What the task service must know."""
+
+    service: ClassVar[str] = "task"
+    live: ClassVar[frozenset[str]] = ServiceConfig.live | {"attempts", "backoff_seconds"}
+    model_config = SettingsConfigDict(env_prefix="TASK_")
+
+    database_url: str
+    lease_seconds: float = 15.0
+    attempts: int = Field(default=3, ge=1, le=20)
+    backoff_seconds: float = Field(default=1.0, ge=0, le=3600)
+    result_max_bytes: int = 512 * 1024 * 1024
+
+    def terms(self) -> Terms:
+        """Return what a worker is promised and how often a task is tried, as it is now."""
+        return Terms(
+            lease=timedelta(seconds=self.lease_seconds),
+            attempts=self.attempts,
+            backoff=timedelta(seconds=self.backoff_seconds),
+            result_max_bytes=self.result_max_bytes,
+        )

@@ -1,0 +1,195 @@
+"""Tasks between the domain and the wire: resources, events, permits, cursors. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from datetime import UTC, datetime, timedelta
+
+from atelier.media.v1 import media_pb2
+from atelier.task.v1 import events_pb2
+from atelier.task.v1 import task_pb2 as pb
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message as Proto
+
+from mesh import events, paging
+from mesh.errors import InvalidArgument
+from mesh.outbox import Message
+from mesh.wire import timestamp
+from services.task.domain import (
+    Event,
+    Failure,
+    Notice,
+    Permit,
+    Progress,
+    Query,
+    State,
+    Task,
+    TaskCancelled,
+    TaskCreated,
+    TaskFailed,
+    TaskSucceeded,
+)
+
+SOURCE = "task"  # CloudEvents: who says so
+_MICROSECOND = timedelta(microseconds=1)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class CursorMalformed(InvalidArgument):
+    reason = "CURSOR_MALFORMED"
+
+
+def task_to_proto(task: Task) -> pb.Task:
+    return pb.Task(
+        task_id=task.task_id,
+        user_id=task.user_id,
+        state=state_to_proto(task.state),
+        input_file_id=task.input_file_id,
+        operation=media_pb2.Operation.FromString(task.operation),
+        progress=pb.Task.Progress(fraction=task.progress.fraction, stage=task.progress.stage),
+        output_file_ids=task.output_file_ids,
+        attempt=task.attempt,
+        error=_error(task.failure),
+        create_time=timestamp(task.create_time),
+        start_time=timestamp(task.start_time),
+        end_time=timestamp(task.end_time),
+        update_time=timestamp(task.update_time),
+    )
+
+
+def task_to_json(task: Task) -> str:
+    """Return one line, as the edge's transcoder prints a task."""
+    printed = MessageToDict(task_to_proto(task), always_print_fields_with_no_presence=True)
+    return json.dumps(printed, ensure_ascii=False, separators=(",", ":"))
+
+
+def event_to_proto(event: Event) -> pb.TaskEvent:
+    return pb.TaskEvent(
+        sequence=event.sequence,
+        state=state_to_proto(event.state),
+        attempt=event.attempt,
+        reason=event.reason,
+        create_time=timestamp(event.create_time),
+    )
+
+
+def state_to_proto(state: State) -> pb.Task.State.ValueType:
+    return pb.Task.State.Value(f"STATE_{state}")
+
+
+def state_from(value: pb.Task.State.ValueType) -> State | None:
+    """Return a state; None for the unspecified one."""
+    if value == pb.Task.STATE_UNSPECIFIED:
+        return None
+    return State(pb.Task.State.Name(value).removeprefix("STATE_"))
+
+
+def progress_from(request: pb.RenewLeaseRequest) -> Progress | None:
+    if not request.HasField("progress"):
+        return None
+    return Progress(request.progress.fraction, request.progress.stage)
+
+
+def failure_from(error: pb.Task.Error) -> Failure:
+    return Failure(error.code, error.message, error.reason)
+
+
+def query_from(request: pb.ListTasksRequest, user_id: str) -> Query:
+    """Return the page that is asked for.
+
+    Raises:
+        PageTokenMalformed: the token is not one of this list.
+    """
+    after = None
+    if request.page_token:
+        microseconds, task_id = paging.decode(request.page_token, (int, str))
+        after = (_EPOCH + int(microseconds) * _MICROSECOND, str(task_id))
+    return Query(user_id, state_from(request.state), after, request.page_size or paging.DEFAULT_PAGE_SIZE)
+
+
+def page_token(last: Task) -> str:
+    """Return the token of the page after `last`."""
+    return paging.encode([(last.create_time - _EPOCH) // _MICROSECOND, last.task_id])
+
+
+def cursor_from(text: str) -> int | None:
+    """Return the sequence after which a watch resumes; None for from now.
+
+    Raises:
+        CursorMalformed: a watch never gave it.
+    """
+    if not text:
+        return None
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise CursorMalformed(
+            "The cursor is not one that a watch gave; leave it empty to watch from now.", metadata={"cursor": text}
+        )
+    return int(text)
+
+
+def cursor(task: Task) -> str:
+    return str(task.sequence)
+
+
+def fingerprint(request: pb.CreateTaskRequest) -> bytes:
+    """Return a digest of what is asked for, without the key."""
+    asked = pb.CreateTaskRequest()
+    asked.CopyFrom(request)
+    asked.ClearField("request_id")
+    return hashlib.sha256(asked.SerializeToString(deterministic=True)).digest()
+
+
+def message_of(notice: Notice) -> Message:
+    """Return what goes to the broker for a notice; the same id however often it is made."""
+    task = notice.task
+    message_id = f"{task.task_id}/{task.sequence}"
+    if isinstance(notice, Permit):
+        return permit(task.pool, f"{message_id}/permit")
+    return events.event(
+        _payload(notice), source=SOURCE, subject=task.task_id, event_id=message_id, occur_time=task.update_time
+    )
+
+
+def permit(pool: str, message_id: str) -> Message:
+    """Return a permit to claim one task of a pool. It names none: the claim picks."""
+    return Message(exchange="", routing_key=queue(pool), body=b"", message_id=message_id)
+
+
+def queue(pool: str) -> str:
+    """Return the name of the queue that holds a pool's permits."""
+    return f"media.{pool}"
+
+
+def _payload(notice: TaskCreated | TaskSucceeded | TaskFailed | TaskCancelled) -> Proto:
+    task = notice.task
+    match notice:
+        case TaskCreated():
+            return events_pb2.TaskCreated(
+                task_id=task.task_id, user_id=task.user_id, reservation_id=task.reservation_id
+            )
+        case TaskSucceeded():
+            return events_pb2.TaskSucceeded(
+                task_id=task.task_id,
+                user_id=task.user_id,
+                reservation_id=task.reservation_id,
+                output_file_ids=task.output_file_ids,
+            )
+        case TaskFailed():
+            return events_pb2.TaskFailed(
+                task_id=task.task_id,
+                user_id=task.user_id,
+                reservation_id=task.reservation_id,
+                reason=task.failure.reason if task.failure else "",
+            )
+        case TaskCancelled():
+            return events_pb2.TaskCancelled(
+                task_id=task.task_id, user_id=task.user_id, reservation_id=task.reservation_id
+            )
+
+
+def _error(failure: Failure | None) -> pb.Task.Error | None:
+    if failure is None:
+        return None
+    return pb.Task.Error(code=failure.code, message=failure.message, reason=failure.reason)

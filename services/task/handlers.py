@@ -1,0 +1,227 @@
+"""atelier.task.v1.TaskService: read the request, call the domain, write the answer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime
+from functools import partial
+
+from atelier.storage.v1 import storage_pb2, storage_pb2_grpc
+from atelier.task.v1 import task_pb2 as pb
+from atelier.task.v1 import task_pb2_grpc
+from atelier.user.v1 import user_pb2, user_pb2_grpc
+from google.api.httpbody_pb2 import HttpBody
+
+from mesh import bounds, capability, context, ids, status, wire
+from mesh.clock import Clock
+from mesh.errors import MeshError
+from services.task import convert, domain, sse
+from services.task.domain import Change, Step, Task, Tasks, Terms
+from services.task.watch import Watches
+
+log = logging.getLogger(__name__)
+
+
+class TaskService(task_pb2_grpc.TaskServiceServicer):
+    """Raises MeshError only; the server's interceptors turn it into a status.
+
+    Args:
+        tasks: where tasks are kept.
+        watches: follows them.
+        storage: knows what files are.
+        users: knows what their owners may use.
+        capability_key: signs what a worker may read and write.
+        terms: returns what a worker is promised now.
+        clock: the time of day.
+    """
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        watches: Watches,
+        storage: storage_pb2_grpc.StorageServiceAsyncStub,
+        users: user_pb2_grpc.UserServiceAsyncStub,
+        *,
+        capability_key: str,
+        terms: Callable[[], Terms],
+        clock: Clock,
+    ) -> None:
+        self._tasks = tasks
+        self._watches = watches
+        self._storage = storage
+        self._users = users
+        self._capability_key = capability_key
+        self._terms = terms
+        self._clock = clock
+
+    async def CreateTask(self, request: pb.CreateTaskRequest, _: object) -> pb.Task:
+        user_id = context.user().user_id
+        task_id = ids.new("tsk")
+        if request.request_id:
+            # From here on every call with this key works on one task: the first to come through makes it, and what
+            # a crash left half done the next one finishes.
+            fingerprint = convert.fingerprint(request)
+            task_id = await self._tasks.adopt(user_id, request.request_id, fingerprint, task_id)
+            present = await self._tasks.find(task_id)
+            if present is not None:
+                return convert.task_to_proto(present)
+
+        file_ids = tuple(dict.fromkeys(bounds.file_references(request)))
+        for file_id in file_ids:
+            asked = storage_pb2.StatFileRequest(file_id=file_id, user_id=user_id)
+            file = await self._storage.StatFile(asked)
+            domain.require_supported(file_id, file.content_type)
+
+        step = partial(
+            domain.created,
+            task_id=task_id,
+            user_id=user_id,
+            input_file_id=request.input_file_id,
+            file_ids=file_ids,
+            operation=request.operation.SerializeToString(deterministic=True),
+        )
+        reserved_time = await self._reserve(user_id, task_id, round_=1)
+
+        def create(now: datetime) -> Change:
+            domain.require_fresh(reserved_time, self._clock.now())
+            return step(now)
+
+        return convert.task_to_proto(await self._tasks.add(task_id, create))
+
+    async def GetTask(self, request: pb.GetTaskRequest, _: object) -> pb.Task:
+        return convert.task_to_proto(await self._own(request.task_id))
+
+    async def ListTasks(self, request: pb.ListTasksRequest, _: object) -> pb.ListTasksResponse:
+        query = convert.query_from(request, context.user().user_id)
+        page = await self._tasks.page(query)
+        return pb.ListTasksResponse(
+            tasks=map(convert.task_to_proto, page.tasks),
+            next_page_token=convert.page_token(page.tasks[-1]) if page.more else "",
+        )
+
+    async def WatchTask(self, request: pb.WatchTaskRequest, _: object) -> AsyncIterator[pb.WatchTaskResponse]:
+        after = convert.cursor_from(request.cursor)
+        async for task in self._watches.follow(request.task_id, context.user(), after=after):
+            if task is not None:
+                yield pb.WatchTaskResponse(task=convert.task_to_proto(task), cursor=convert.cursor(task))
+
+    async def WatchTaskEvents(self, request: pb.WatchTaskEventsRequest, _: object) -> AsyncIterator[HttpBody]:
+        after = convert.cursor_from(context.metadata().get("last-event-id", ""))
+        tasks = self._watches.follow(request.task_id, context.user(), after=after)
+        news = ((convert.cursor(task), convert.task_to_json(task)) if task else None async for task in tasks)
+        async for frame in sse.framed(context.until_ended(news), refusal=_refusal):
+            yield HttpBody(content_type=sse.CONTENT_TYPE, data=frame)
+
+    async def CancelTask(self, request: pb.CancelTaskRequest, _: object) -> pb.Task:
+        task = await self._tasks.change(request.task_id, domain.cancelled, owner=context.user().user_id)
+        return convert.task_to_proto(task)
+
+    async def RetryTask(self, request: pb.RetryTaskRequest, _: object) -> pb.Task:
+        task = await self._own(request.task_id)
+        domain.require_retryable(task)
+        round_ = task.round + 1
+        reserved_time = await self._reserve(task.user_id, task.task_id, round_=round_)
+
+        def retry(task: Task, now: datetime) -> Change:
+            domain.require_fresh(reserved_time, self._clock.now())
+            return domain.retried(task, now, round_=round_)
+
+        return convert.task_to_proto(await self._tasks.change(task.task_id, retry, owner=task.user_id))
+
+    async def ListTaskEvents(self, request: pb.ListTaskEventsRequest, _: object) -> pb.ListTaskEventsResponse:
+        await self._own(request.task_id)
+        [history] = await self._tasks.histories([request.task_id])
+        return pb.ListTaskEventsResponse(events=map(convert.event_to_proto, history.events))
+
+    async def ClaimTask(self, request: pb.ClaimTaskRequest, _: object) -> pb.ClaimTaskResponse:
+        task = await self._tasks.claim(request.pool, partial(domain.claimed, terms=self._terms()))
+        if task is None:
+            return pb.ClaimTaskResponse()
+        log.info(
+            "claimed",
+            extra={"task_id": task.task_id, "attempt": task.attempt, "worker_id": request.worker_id},
+        )
+        return pb.ClaimTaskResponse(
+            assignment=pb.ClaimTaskResponse.Assignment(
+                task=convert.task_to_proto(task),
+                lease_duration=wire.duration(self._terms().lease),
+                capability=self._capability(task),
+            )
+        )
+
+    async def RenewLease(self, request: pb.RenewLeaseRequest, _: object) -> pb.RenewLeaseResponse:
+        progress = convert.progress_from(request)
+        step = partial(domain.renewed, attempt=request.attempt, progress=progress, terms=self._terms())
+        await self._tasks.change(request.task_id, step)
+        return pb.RenewLeaseResponse(lease_duration=wire.duration(self._terms().lease))
+
+    async def CompleteTask(self, request: pb.CompleteTaskRequest, _: object) -> pb.CompleteTaskResponse:
+        outputs = tuple(request.output_file_ids)
+        await self._tasks.change(
+            request.task_id, partial(domain.completed, attempt=request.attempt, output_file_ids=outputs)
+        )
+        return pb.CompleteTaskResponse()
+
+    async def FailTask(self, request: pb.FailTaskRequest, _: object) -> pb.FailTaskResponse:
+        task = await self._tasks.change(request.task_id, self._ending(request))
+        return pb.FailTaskResponse(state=convert.state_to_proto(task.state))
+
+    async def LookupTask(self, request: pb.LookupTaskRequest, _: object) -> pb.LookupTaskResponse:
+        task = domain.require_found(await self._tasks.find(request.task_id), request.task_id)
+        return pb.LookupTaskResponse(
+            state=convert.state_to_proto(task.state),
+            attempt=task.attempt,
+            output_file_ids=task.output_file_ids,
+            reservation_id=task.reservation_id,
+        )
+
+    async def _own(self, task_id: str) -> Task:
+        return domain.require_found(await self._tasks.find(task_id), task_id, context.user().user_id)
+
+    async def _reserve(self, user_id: str, task_id: str, *, round_: int) -> datetime:
+        """Set one task of a user's quota aside; return since when, at the latest, it surely holds.
+
+        Nobody gives it back when a later step fails: another call with the same key may be about to commit on it, and
+        whether a commit failed is not always known. The user service asks what became of the task instead.
+        """
+        before = self._clock.now()
+        await self._users.ReserveQuota(
+            user_pb2.ReserveQuotaRequest(
+                reservation_id=domain.reservation_id(task_id, round_),
+                user_id=user_id,
+                kind=user_pb2.ReserveQuotaRequest.KIND_TASKS,
+                amount=1,
+            )
+        )
+        return before
+
+    def _capability(self, task: Task) -> str:
+        granted = capability.Capability(
+            task_id=task.task_id,
+            attempt=task.attempt,
+            user_id=task.user_id,
+            input_file_ids=task.file_ids,
+            max_bytes=self._terms().result_max_bytes,
+            expire_time=self._clock.now() + self._terms().longest,
+        )
+        return capability.sign(self._capability_key, granted)
+
+    def _ending(self, request: pb.FailTaskRequest) -> Step:
+        failure = convert.failure_from(request.error)
+        if request.returned:
+            return partial(domain.returned, attempt=request.attempt, failure=failure)
+        return partial(
+            domain.failed,
+            attempt=request.attempt,
+            failure=failure,
+            transient=request.transient,
+            terms=self._terms(),
+            jitter=random.random(),  # noqa: S311 - spreads tasks over time, keeps no secret
+        )
+
+
+def _refusal(error: MeshError) -> str:
+    return json.dumps(status.to_json(error), ensure_ascii=False, separators=(",", ":"))

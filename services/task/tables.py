@@ -1,0 +1,76 @@
+"""The task service's tables."""
+
+from __future__ import annotations
+
+from sqlalchemy import JSON, BigInteger, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table, text
+
+from mesh import idempotency, outbox
+from mesh.database import Timestamp
+
+metadata = MetaData()
+
+# Written out, not bound: SQLite uses a partial index only for a query that states its very condition.
+QUEUED = text("task.state = 'QUEUED'")
+RUNNING = text("task.state = 'RUNNING'")
+
+task = Table(
+    "task",
+    metadata,
+    Column("task_id", String, primary_key=True),
+    Column("user_id", String, nullable=False),
+    Column("pool", String, nullable=False),
+    Column("input_file_id", String, nullable=False),
+    Column("file_ids", JSON, nullable=False),
+    Column("operation", LargeBinary, nullable=False),
+    Column("state", String, nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("failures", Integer, nullable=False),
+    Column("progress_fraction", Float, nullable=False),
+    Column("progress_stage", String, nullable=False),
+    Column("output_file_ids", JSON, nullable=False),
+    Column("failure_code", Integer),
+    Column("failure_message", String),
+    Column("failure_reason", String),
+    Column("create_time", Timestamp, nullable=False),
+    Column("start_time", Timestamp),
+    Column("end_time", Timestamp),
+    Column("update_time", Timestamp, nullable=False),
+    Column("due_time", Timestamp, nullable=False),
+    Column("lease_time", Timestamp),
+    Index("task_by_user", "user_id", "create_time", "task_id"),
+    Index("task_by_user_and_state", "user_id", "state", "create_time", "task_id"),
+)
+# Partial: only what waits or runs is ever looked for by time, and that stays small while ended tasks pile up.
+Index(
+    "task_queue",
+    task.c.pool,
+    task.c.due_time,
+    task.c.task_id,
+    sqlite_where=text("state = 'QUEUED'"),
+    postgresql_where=text("state = 'QUEUED'"),
+)
+Index(
+    "task_leases",
+    task.c.lease_time,
+    sqlite_where=text("state = 'RUNNING'"),
+    postgresql_where=text("state = 'RUNNING'"),
+)
+
+task_event = Table(
+    "task_event",
+    metadata,
+    Column("task_id", String, primary_key=True),
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("state", String, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("reason", String, nullable=False),
+    Column("failure_code", Integer),
+    Column("failure_message", String),
+    Column("failure_reason", String),
+    Column("create_time", Timestamp, nullable=False),
+)
+
+outbox_table = outbox.table(metadata)
+idempotency_table = idempotency.table(metadata)

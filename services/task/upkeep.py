@@ -1,0 +1,98 @@
+"""What no request does: takes tasks from lost workers, and replaces permits that the broker does not hold.
+
+Every replica runs one. Each step judges anew inside its transaction, so that two at once do no harm.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Protocol
+
+from mesh import ids
+from mesh.errors import Unavailable
+from mesh.outbox import Message
+from mesh.service import Background, every
+from services.task import convert, domain
+from services.task.domain import Tasks, Terms
+
+AT_ONCE = 100  # lapsed leases or permits in one round, so that a round stays short
+REAP_SECONDS = 1.0
+REPLENISH_SECONDS = 2.0
+FORGET_SECONDS = 600.0
+
+log = logging.getLogger(__name__)
+
+
+class Permits(Protocol):
+    """The queues that hold permits."""
+
+    async def depth(self, queue: str) -> int: ...
+
+    async def publish(self, message: Message) -> None: ...
+
+
+class Upkeep:
+    """Keeps tasks moving while its `work` runs.
+
+    Args:
+        tasks: where tasks are kept.
+        permits: where permits wait.
+        terms: returns what workers are promised now.
+        permit_grace: what the outbox and a free worker need with a fresh task's own permit.
+        monotonic: seconds; for the rest after the start.
+    """
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        permits: Permits,
+        terms: Callable[[], Terms],
+        *,
+        permit_grace: timedelta = timedelta(seconds=2),
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._tasks = tasks
+        self._permits = permits
+        self._terms = terms
+        self._permit_grace = permit_grace
+        self._monotonic = monotonic
+        # While no replica ran, no worker could renew: each gets one lease to say that it lives.
+        self._reap_from = monotonic() + (terms().lease + terms().slack).total_seconds()
+
+    def work(self) -> list[Background]:
+        """Return what must run for ever: apart, so that a broker that is away does not keep lost tasks waiting."""
+        return [
+            every(REAP_SECONDS, self.reap),
+            every(REPLENISH_SECONDS, self.replenish),
+            every(FORGET_SECONDS, self._tasks.forget),
+        ]
+
+    async def reap(self) -> None:
+        """Take tasks whose lease has lapsed from their workers."""
+        if self._monotonic() < self._reap_from:
+            return
+        for task_id in await self._tasks.lapsed(AT_ONCE):
+            jitter = random.random()  # noqa: S311 - spreads tasks over time, keeps no secret
+            task = await self._tasks.change(task_id, partial(domain.lapsed, terms=self._terms(), jitter=jitter))
+            log.warning("worker lost", extra={"task_id": task_id, "attempt": task.attempt, "state": task.state})
+
+    async def replenish(self) -> None:
+        """Publish a permit for every due task that has waited and for which the broker holds none.
+
+        That is so after the broker lost its queue, and whenever a task's rest between two attempts is over. Too many
+        do no harm: a permit that finds nothing is acknowledged. With the broker away there is nothing to compare.
+        """
+        overdue = await self._tasks.overdue(domain.POOL, self._permit_grace)
+        if not overdue:
+            return
+        try:
+            missing = overdue - await self._permits.depth(convert.queue(domain.POOL))
+            for _ in range(min(missing, AT_ONCE)):
+                await self._permits.publish(convert.permit(domain.POOL, ids.new("prm")))
+        except Unavailable as failure:  # also when no worker has ever made the queue
+            log.debug("permits wait", extra={"failure": failure.message})

@@ -1,0 +1,327 @@
+"""Accounts and quotas in a SQL database."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Row, delete, func, insert, select, union_all, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from mesh import idempotency, inbox
+from mesh.database import Database, insert_if_absent
+from mesh.errors import MeshError
+from services.user.domain import (
+    Account,
+    EmailTaken,
+    Kind,
+    Reservation,
+    Role,
+    State,
+    Status,
+    Usage,
+    UsernameTaken,
+    exceeded,
+    moved,
+    not_found,
+    period,
+    succeeded,
+)
+from services.user.tables import account as account_table
+from services.user.tables import counter, ended_generation, idempotency_table, inbox_table, ledger, reservation
+
+REDELIVERED_WITHIN = timedelta(days=30)
+"""An event that waited longer, in a queue nobody served or as a dead letter, finds a reservation that is final."""
+
+REVOKED_AT_ONCE = 100
+"""Generations that are told to auth in one round, so that a round stays short."""
+
+ASKED_AT_ONCE = 100
+"""Reservations that upkeep asks about in one round, so that a round stays short."""
+
+
+class SqlAccounts:
+    """Satisfies `domain.Accounts`. One transaction per method."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def register(self, account: Account, *, request_id: str) -> Account:
+        try:
+            async with self._database.transaction() as connection:
+                if request_id:
+                    # Never the password: a fast hash of it would undo the slow one.
+                    named = hashlib.sha256(f"{account.username}\n{account.email}".encode()).digest()
+                    user_id, fresh = await idempotency.adopt(
+                        connection,
+                        idempotency_table,
+                        # Nobody is signed in yet: strangers who happen to choose the same key must not meet.
+                        caller=account.username.casefold(),
+                        method="RegisterUser",
+                        key=request_id,
+                        fingerprint=named,
+                        new_id=account.user_id,
+                    )
+                    if not fresh:
+                        return await _account(connection, user_id)
+                await connection.execute(insert(account_table).values(_columns(account)))
+        except IntegrityError as error:
+            raise _taken(error) from error
+        return account
+
+    async def get(self, user_id: str) -> Account:
+        async with self._database.reading() as connection:
+            return await _account(connection, user_id)
+
+    async def find(self, login: str) -> Account | None:
+        key = login.casefold()
+        found = select(account_table).where((account_table.c.username_key == key) | (account_table.c.email_key == key))
+        async with self._database.reading() as connection:
+            row = (await connection.execute(found)).one_or_none()  # a name has no @, an address has one
+        return None if row is None else _from_row(row)
+
+    async def change(self, user_id: str, change: Callable[[Account], Account]) -> Account:
+        try:
+            async with self._database.transaction() as connection:
+                present = await _account(connection, user_id, lock=True)
+                changed = succeeded(present, change(present))
+                await connection.execute(
+                    update(account_table).where(account_table.c.user_id == user_id).values(_columns(changed))
+                )
+                if changed.generation != present.generation:
+                    ended = {"generation_id": present.generation_id}
+                    await connection.execute(insert(ended_generation).values(ended))
+        except IntegrityError as error:
+            raise _taken(error) from error
+        return changed
+
+    async def rehash(self, user_id: str, *, old: str, new: str) -> None:
+        async with self._database.transaction() as connection:
+            await connection.execute(
+                update(account_table)
+                .where(account_table.c.user_id == user_id, account_table.c.password_hash == old)
+                .values(password_hash=new)
+            )
+
+    async def ended_generations(self) -> list[str]:
+        async with self._database.reading() as connection:
+            return list(await connection.scalars(select(ended_generation.c.generation_id).limit(REVOKED_AT_ONCE)))
+
+    async def note_revoked(self, generation_id: str) -> None:
+        async with self._database.transaction() as connection:
+            await connection.execute(delete(ended_generation).where(ended_generation.c.generation_id == generation_id))
+
+    async def forget(self) -> None:
+        async with self._database.transaction() as connection:
+            await idempotency.forget(connection, idempotency_table)
+            await inbox.forget(connection, inbox_table, REDELIVERED_WITHIN)
+
+
+class SqlQuotas:
+    """Satisfies `domain.Quotas`. One transaction per method."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def usage(self, user_id: str, now: datetime) -> Mapping[Kind, Usage]:
+        async with self._database.reading() as connection:
+            return {kind: await _usage(connection, user_id, kind, period(kind, now)) for kind in Kind}
+
+    async def reserve(self, reservation_id: str, user_id: str, kind: Kind, amount: int, now: datetime) -> Reservation:
+        async with self._database.transaction() as connection:
+            # The lock makes an account's reservations wait for each other, so that looking before writing is safe.
+            account = await _account(connection, user_id, lock=True)
+            standing = await _reservation(connection, reservation_id)
+            if standing is not None and standing.state is State.HELD:
+                # Whoever repeats the call is about to commit what it is for: upkeep waits anew.
+                await _write(connection, standing, now, anew=False)
+            if standing is not None and standing.state is not State.RELEASED:
+                return standing
+            held = Reservation(reservation_id, user_id, kind, period(kind, now), amount)
+            if not await _set_aside(connection, held, account.limit(kind)):
+                raise exceeded(account, kind, await _usage(connection, user_id, kind, held.period), amount, now)
+            await _write(connection, held, now, anew=standing is None)
+            await _enter(connection, held, used=0, reserved=amount, now=now)
+            return held
+
+    async def move(self, reservation_id: str, target: State, now: datetime) -> Reservation | None:
+        async with self._database.transaction() as connection:
+            return await _move(connection, reservation_id, target, now)
+
+    async def follow(self, event_id: str, reservation_id: str, target: State, now: datetime) -> None:
+        async with self._database.transaction() as connection:
+            if await inbox.first_time(connection, inbox_table, "user.events", event_id):
+                await _move(connection, reservation_id, target, now)
+
+    async def resolve(self, reservation_id: str, target: State, held_before: datetime, now: datetime) -> None:
+        async with self._database.transaction() as connection:
+            still = select(reservation.c.reservation_id).where(
+                reservation.c.reservation_id == reservation_id,
+                reservation.c.state == State.HELD,
+                reservation.c.update_time < held_before,
+            )
+            if (await connection.execute(still)).one_or_none() is not None:
+                await _move(connection, reservation_id, target, now)
+
+    async def held_since(self, time: datetime) -> list[str]:
+        held = (
+            select(reservation.c.reservation_id)
+            .where(
+                reservation.c.state == State.HELD,
+                reservation.c.update_time < time,
+                reservation.c.kind == Kind.TASKS,  # storage settles its own
+            )
+            .order_by(reservation.c.update_time)
+            .limit(ASKED_AT_ONCE)
+        )
+        async with self._database.reading() as connection:
+            return list((await connection.execute(held)).scalars())
+
+    async def audit(self) -> list[tuple[str, str, str]]:
+        """Return the (user, kind, period) whose counter is not the sum of its ledger rows; empty when all is well."""
+        key = ("user_id", "kind", "period")
+        counted = union_all(
+            select(*(ledger.c[name] for name in key), ledger.c.used, ledger.c.reserved),
+            select(*(counter.c[name] for name in key), -counter.c.used, -counter.c.reserved),
+        ).subquery()
+        wrong = (
+            select(*(counted.c[name] for name in key))
+            .group_by(*(counted.c[name] for name in key))
+            .having((func.sum(counted.c.used) != 0) | (func.sum(counted.c.reserved) != 0))
+        )
+        async with self._database.reading() as connection:
+            return [(row.user_id, row.kind, row.period) for row in await connection.execute(wrong)]
+
+
+async def _account(connection: AsyncConnection, user_id: str, *, lock: bool = False) -> Account:
+    found = select(account_table).where(account_table.c.user_id == user_id)
+    row = (await connection.execute(found.with_for_update() if lock else found)).one_or_none()
+    if row is None:
+        raise not_found(user_id)
+    return _from_row(row)
+
+
+async def _reservation(connection: AsyncConnection, reservation_id: str) -> Reservation | None:
+    found = select(reservation).where(reservation.c.reservation_id == reservation_id).with_for_update()
+    row = (await connection.execute(found)).one_or_none()
+    if row is None:
+        return None
+    return Reservation(row.reservation_id, row.user_id, Kind(row.kind), row.period, row.amount, State(row.state))
+
+
+async def _usage(connection: AsyncConnection, user_id: str, kind: Kind, period: str) -> Usage:
+    row = (await connection.execute(select(counter).where(*_counted(user_id, kind, period)))).one_or_none()
+    return Usage() if row is None else Usage(row.used, row.reserved)
+
+
+async def _set_aside(connection: AsyncConnection, held: Reservation, limit: int) -> bool:
+    """Add to what is reserved if it fits; one statement looks and adds."""
+    zero = {"user_id": held.user_id, "kind": held.kind, "period": held.period, "used": 0, "reserved": 0}
+    await insert_if_absent(connection, counter, zero)
+    added = await connection.execute(
+        update(counter)
+        .where(
+            *_counted(held.user_id, held.kind, held.period), counter.c.used + counter.c.reserved + held.amount <= limit
+        )
+        .values(reserved=counter.c.reserved + held.amount)
+    )
+    return added.rowcount == 1
+
+
+async def _move(connection: AsyncConnection, reservation_id: str, target: State, now: datetime) -> Reservation | None:
+    present = await _reservation(connection, reservation_id)
+    move = None if present is None else moved(present, target)
+    if present is None or move is None:
+        return present
+    after = replace(present, state=move.state)
+    await _write(connection, after, now, anew=False)
+    if move.used or move.reserved:
+        await connection.execute(
+            update(counter)
+            .where(*_counted(after.user_id, after.kind, after.period))
+            .values(used=counter.c.used + move.used, reserved=counter.c.reserved + move.reserved)
+        )
+        await _enter(connection, after, used=move.used, reserved=move.reserved, now=now)
+    return after
+
+
+async def _write(connection: AsyncConnection, after: Reservation, now: datetime, *, anew: bool) -> None:
+    values = {
+        "reservation_id": after.reservation_id,
+        "user_id": after.user_id,
+        "kind": after.kind,
+        "period": after.period,
+        "amount": after.amount,
+        "state": after.state,
+        "update_time": now,
+    }
+    if anew:
+        await connection.execute(insert(reservation).values(values))
+    else:
+        where = reservation.c.reservation_id == after.reservation_id
+        await connection.execute(update(reservation).where(where).values(values))
+
+
+async def _enter(connection: AsyncConnection, of: Reservation, *, used: int, reserved: int, now: datetime) -> None:
+    await connection.execute(
+        insert(ledger).values(
+            user_id=of.user_id,
+            kind=of.kind,
+            period=of.period,
+            reservation_id=of.reservation_id,
+            used=used,
+            reserved=reserved,
+            create_time=now,
+        )
+    )
+
+
+def _counted(user_id: str, kind: Kind, period: str) -> tuple[Any, ...]:
+    return counter.c.user_id == user_id, counter.c.kind == kind, counter.c.period == period
+
+
+def _columns(account: Account) -> dict[str, Any]:
+    return {
+        "user_id": account.user_id,
+        "username": account.username,
+        "username_key": account.username.casefold(),
+        "email": account.email,
+        "email_key": account.email.casefold(),
+        "display_name": account.display_name,
+        "role": account.role,
+        "status": account.status,
+        "password_hash": account.password_hash,
+        "limit_tasks": account.limits.get(Kind.TASKS),
+        "limit_storage_bytes": account.limits.get(Kind.STORAGE_BYTES),
+        "create_time": account.create_time,
+        "version": account.version,
+        "generation": account.generation,
+    }
+
+
+def _from_row(row: Row[Any]) -> Account:
+    own = {Kind.TASKS: row.limit_tasks, Kind.STORAGE_BYTES: row.limit_storage_bytes}
+    return Account(
+        user_id=row.user_id,
+        username=row.username,
+        email=row.email,
+        password_hash=row.password_hash,
+        create_time=row.create_time,
+        display_name=row.display_name,
+        role=Role(row.role),
+        status=Status(row.status),
+        limits={kind: limit for kind, limit in own.items() if limit is not None},
+        version=row.version,
+        generation=row.generation,
+    )
+
+
+def _taken(error: IntegrityError) -> MeshError:
+    """Return which unique column was refused: both SQLite and PostgreSQL name it in the driver's text."""
+    if "email_key" in str(error.orig):
+        return EmailTaken("Somebody has registered this address.", metadata={"field": "email"})
+    return UsernameTaken("This name is taken.", metadata={"field": "username"})

@@ -1,0 +1,89 @@
+"""What no request does: asks what became of reservations, has outdated tokens revoked, drops what has expired."""
+
+from __future__ import annotations
+
+import logging
+
+from atelier.auth.v1 import auth_pb2, auth_pb2_grpc
+from atelier.task.v1 import task_pb2, task_pb2_grpc
+
+from mesh.clock import Clock
+from mesh.errors import MeshError, NotFound
+from mesh.service import Background, every
+from services.user.domain import HOLD_BEFORE_ASKING, Accounts, Quotas, State
+
+ASK_SECONDS = 30.0
+REVOKE_SECONDS = 0.25  # a change by any replica has a second to take effect
+FORGET_SECONDS = 3600.0
+
+log = logging.getLogger(__name__)
+
+# What a reservation becomes by its task's state; a task that has not ended is still to be charged.
+_ENDS = {
+    task_pb2.Task.STATE_SUCCEEDED: State.SETTLED,
+    task_pb2.Task.STATE_FAILED: State.RELEASED,
+    task_pb2.Task.STATE_CANCELLED: State.RELEASED,
+}
+
+
+class Upkeep:
+    """Asks the task service about reservations that were held too long: time alone releases nothing.
+
+    Tells the auth service of each generation of an account that has ended, until it is heard.
+    """
+
+    def __init__(
+        self,
+        accounts: Accounts,
+        quotas: Quotas,
+        tasks: task_pb2_grpc.TaskServiceAsyncStub,
+        auth: auth_pb2_grpc.AuthServiceAsyncStub,
+        clock: Clock,
+    ) -> None:
+        self._accounts = accounts
+        self._quotas = quotas
+        self._tasks = tasks
+        self._auth = auth
+        self._clock = clock
+
+    def work(self) -> list[Background]:
+        """Return what must run for ever."""
+        return [
+            every(ASK_SECONDS, self.ask),
+            every(REVOKE_SECONDS, self.revoke),
+            every(FORGET_SECONDS, self._accounts.forget),
+        ]
+
+    async def ask(self) -> None:
+        """Ask once about each reservation that is due."""
+        held_before = self._clock.now() - HOLD_BEFORE_ASKING
+        for reservation_id in await self._quotas.held_since(held_before):
+            try:
+                state = await self._fate(reservation_id)
+            except MeshError as error:
+                # The task service is away or unwell: the next round asks again.
+                log.warning("cannot ask about a reservation", extra={"reason": error.reason})
+                return
+            await self._quotas.resolve(reservation_id, state, held_before, self._clock.now())
+
+    async def revoke(self) -> None:
+        """Tell once of each generation that has ended."""
+        for generation_id in await self._accounts.ended_generations():
+            try:
+                await self._auth.RevokeGeneration(auth_pb2.RevokeGenerationRequest(generation=generation_id))
+            except MeshError as error:
+                # The auth service is away or unwell: the next round tells again.
+                log.warning("cannot revoke a generation of tokens", extra={"reason": error.reason})
+                return
+            await self._accounts.note_revoked(generation_id)
+
+    async def _fate(self, reservation_id: str) -> State:
+        """Return what becomes of a reservation, `<task id>/<round>`."""
+        task_id = reservation_id.rpartition("/")[0]
+        try:
+            task = await self._tasks.LookupTask(task_pb2.LookupTaskRequest(task_id=task_id))
+        except NotFound:
+            return State.RELEASED
+        if task.reservation_id != reservation_id:
+            return State.RELEASED  # the task was queued again under another one: this one's round has ended
+        return _ENDS.get(task.state, State.BOUND)
