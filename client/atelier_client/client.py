@@ -1,0 +1,488 @@
+"""Atelier for Python programs: what `atelier_client` shows, on the generated stubs."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import mimetypes
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote, urlencode
+
+import grpc
+from atelier.auth.v1 import auth_pb2
+from atelier.auth.v1.auth_pb2_grpc import AuthServiceStub
+from atelier.media.v1.media_pb2 import Operation
+from atelier.mesh.v1 import topology_pb2
+from atelier.mesh.v1.topology_pb2_grpc import TopologyServiceStub
+from atelier.storage.v1 import storage_pb2
+from atelier.storage.v1.storage_pb2 import File
+from atelier.storage.v1.storage_pb2_grpc import StorageServiceStub
+from atelier.task.v1 import task_pb2
+from atelier.task.v1.task_pb2 import Task
+from atelier.task.v1.task_pb2_grpc import TaskServiceStub
+from atelier.user.v1 import user_pb2
+from atelier.user.v1.user_pb2 import Quota, User
+from atelier.user.v1.user_pb2_grpc import UserServiceStub
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from atelier_client.credentials import Credentials, MemoryCredentials, Session
+from atelier_client.errors import (
+    AtelierError,
+    DeadlineExceeded,
+    NotSignedIn,
+    TaskNotDone,
+    Unauthenticated,
+    Unavailable,
+    Unreachable,
+    from_call,
+)
+from atelier_client.files import written
+from atelier_client.server import Server
+from atelier_client.transfer import OnBytes, downloaded, uploaded
+
+CALL_SECONDS = 30.0  # of one call; the server's own deadlines, in the contract, are shorter
+WATCH_SECONDS = 3600.0  # the contract's longest watch; then it is resumed
+REFRESH_EARLY = timedelta(seconds=30)  # a token must outlive the call that it is sent with
+CANCEL_SECONDS = 10.0  # how long someone who gives up waits for the server to hear of it
+WATCH_PATIENCE_SECONDS = 60.0  # how long a watch bears a server that is away
+RUN_PATIENCE_SECONDS = 30.0  # how long each other step of a run does; a killed service is back in a few
+ENDED = frozenset({Task.STATE_SUCCEEDED, Task.STATE_FAILED, Task.STATE_CANCELLED})
+
+_SERVICES = [
+    module.DESCRIPTOR.services_by_name[name]
+    for module, name in (
+        (auth_pb2, "AuthService"),
+        (topology_pb2, "TopologyService"),
+        (storage_pb2, "StorageService"),
+        (task_pb2, "TaskService"),
+        (user_pb2, "UserService"),
+    )
+]
+# Later Pythons than 3.11 know these; a name that is not known is sent as octets, which the server looks into.
+_MORE_TYPES = {".webp": "image/webp", ".avif": "image/avif"}
+
+T = TypeVar("T")
+Answer = TypeVar("Answer", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far `Atelier.run` is."""
+
+    stage: str
+    """`sending`, a stage of the task (`Task.Progress.stage`), or `cancelled`."""
+    fraction: float
+    """Of the stage while sending, of the task after; 0..1."""
+    task: Task | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What `Atelier.run` made."""
+
+    task: Task
+    file: File
+
+
+class Atelier:
+    """One person's connection to one server. Make it with `connect`.
+
+    Every method raises `AtelierError`. The session is refreshed unseen, and shared with whoever uses
+    the same credentials.
+    """
+
+    def __init__(self, server: Server, channel: grpc.aio.Channel, credentials: Credentials) -> None:
+        self.server = server
+        self._credentials = credentials
+        self._auth = AuthServiceStub(channel)
+        self._storage = StorageServiceStub(channel)
+        self._tasks = TaskServiceStub(channel)
+        self._topology = TopologyServiceStub(channel)
+        self._users = UserServiceStub(channel)
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, url: str, *, credentials: Credentials | None = None) -> AsyncIterator[Atelier]:
+        """Open a connection; the first call finds out whether the server is there.
+
+        Args:
+            url: `http://host[:port]`, or `https://…` for TLS with the machine's authorities.
+            credentials: where the session is kept; None means in memory.
+
+        Raises:
+            ValueError: `url` is something else.
+        """
+        server = Server.parse(url)
+        async with server.channel(_SERVICES) as channel:
+            yield cls(server, channel, credentials or MemoryCredentials())
+
+    async def ping(self) -> None:
+        """Find out whether calls get through; needs no session."""
+        with suppress(Unauthenticated):  # what a server says that is there
+            await self._call(self._users.GetUser, user_pb2.GetUserRequest(user_id="me"), token="")
+
+    # Accounts
+
+    async def register(self, username: str, email: str, password: str) -> User:
+        """Make an account. Does not sign in."""
+        request = user_pb2.RegisterUserRequest(
+            username=username, email=email, password=password, request_id=secrets.token_hex(16)
+        )
+        return await self._call(self._users.RegisterUser, request, token="")
+
+    async def login(self, login: str, password: str) -> User:
+        """Sign in by username or email; the session goes to the credentials."""
+        request = user_pb2.LoginRequest(login=login, password=password)
+        answer = await self._call(self._users.Login, request, token="")
+        session = Session(
+            user_id=answer.user.user_id,
+            username=answer.user.username,
+            access_token=answer.access_token,
+            refresh_token=answer.refresh_token,
+            expire_time=answer.expire_time.ToDatetime(tzinfo=UTC),
+        )
+        async with self._credentials.locked():
+            self._credentials.write(session)
+        return answer.user
+
+    async def logout(self, *, all_sessions: bool = False) -> None:
+        """End the session, or all of the user's. Here it ends even when the server cannot be told."""
+        async with self._credentials.locked():
+            session = self._credentials.read()
+            self._credentials.write(None)
+        if session is not None:
+            request = auth_pb2.RevokeSessionRequest(refresh_token=session.refresh_token, all_sessions=all_sessions)
+            await self._call(self._auth.RevokeSession, request, token="")
+
+    async def refresh(self) -> None:
+        """Get new tokens now, e.g. because one's role has changed."""
+        session = self._credentials.read()
+        await self._token(refused=session.access_token if session else "")
+
+    def session(self) -> Session | None:
+        """Return who is signed in, without asking the server."""
+        return self._credentials.read()
+
+    async def me(self) -> User:
+        return await self._signed_in(self._users.GetUser, user_pb2.GetUserRequest(user_id="me"))
+
+    async def quota(self, user_id: str = "me") -> Quota:
+        return await self._signed_in(self._users.GetQuota, user_pb2.GetQuotaRequest(user_id=user_id))
+
+    # Files
+
+    async def upload(
+        self,
+        source: Path | str | bytes,
+        *,
+        name: str | None = None,
+        content_type: str | None = None,
+        request_id: str | None = None,
+        on_bytes: OnBytes = lambda _done, _size: None,
+    ) -> File:
+        """Store a file.
+
+        Args:
+            source: a path, or the bytes themselves; those need a `name`.
+            name: None means the path's last part.
+            content_type: None means what the name's extension says; the server compares it with the bytes.
+            request_id: repeated with the same one, the call answers the first one's file.
+            on_bytes: called with bytes sent and bytes in all.
+        """
+        if isinstance(source, bytes) and name is None:
+            raise ValueError("bytes need a name")
+        name = name or Path(str(source)).name
+        guessed = _MORE_TYPES.get(Path(name).suffix.lower()) or mimetypes.guess_type(name)[0]
+        headers = {
+            "content-type": content_type or guessed or "application/octet-stream",
+            # A refreshed token means a second attempt, which must not make a second file.
+            "idempotency-key": request_id or secrets.token_hex(16),
+        }
+        target = f"/api/v1/files?{urlencode({'name': name}, quote_via=quote)}"
+        with _opened(source) as file:
+
+            async def attempt(token: str) -> bytes:
+                authorized = {**headers, "authorization": f"Bearer {token}"}
+                return await uploaded(self.server, target, authorized, file, on_bytes)
+
+            return json_format.Parse(await self._with_token(attempt), File(), ignore_unknown_fields=True)
+
+    async def download(
+        self, file_id: str, to: Path | str | BinaryIO, *, on_bytes: OnBytes = lambda _done, _size: None
+    ) -> int:
+        """Write a file's bytes to `to`, and return how many; a path's file is whole or not there."""
+        target = f"/api/v1/files/{quote(file_id, safe='')}/content"
+        with _sink(to) as sink:
+
+            async def attempt(token: str) -> int:
+                return await downloaded(self.server, target, {"authorization": f"Bearer {token}"}, sink, on_bytes)
+
+            return await self._with_token(attempt)
+
+    async def file(self, file_id: str) -> File:
+        return await self._signed_in(self._storage.GetFile, storage_pb2.GetFileRequest(file_id=file_id))
+
+    async def files(self) -> AsyncIterator[File]:
+        """Yield one's files, newest first."""
+        request = storage_pb2.ListFilesRequest()
+        while True:
+            page = await self._signed_in(self._storage.ListFiles, request)
+            for file in page.files:
+                yield file
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def delete_file(self, file_id: str) -> None:
+        await self._signed_in(self._storage.DeleteFile, storage_pb2.DeleteFileRequest(file_id=file_id))
+
+    # Tasks
+
+    async def create_task(self, input_file_id: str, operation: Operation, *, request_id: str | None = None) -> Task:
+        """Queue an operation; with the same `request_id` again, the same task is answered."""
+        request = task_pb2.CreateTaskRequest(
+            input_file_id=input_file_id, operation=operation, request_id=request_id or secrets.token_hex(16)
+        )
+        return await self._signed_in(self._tasks.CreateTask, request)
+
+    async def task(self, task_id: str) -> Task:
+        return await self._signed_in(self._tasks.GetTask, task_pb2.GetTaskRequest(task_id=task_id))
+
+    async def tasks(self, state: Task.State.ValueType = Task.STATE_UNSPECIFIED) -> AsyncIterator[Task]:
+        """Yield one's tasks, newest first; unspecified means in any state."""
+        request = task_pb2.ListTasksRequest(state=state)
+        while True:
+            page = await self._signed_in(self._tasks.ListTasks, request)
+            for task in page.tasks:
+                yield task
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def cancel_task(self, task_id: str) -> Task:
+        return await self._signed_in(self._tasks.CancelTask, task_pb2.CancelTaskRequest(task_id=task_id))
+
+    async def retry_task(self, task_id: str) -> Task:
+        return await self._signed_in(self._tasks.RetryTask, task_pb2.RetryTaskRequest(task_id=task_id))
+
+    async def task_events(self, task_id: str) -> list[task_pb2.TaskEvent]:
+        request = task_pb2.ListTaskEventsRequest(task_id=task_id)
+        return list((await self._signed_in(self._tasks.ListTaskEvents, request)).events)
+
+    async def watch(self, task_id: str) -> AsyncIterator[Task]:
+        """Yield the task now and after every change, until it has ended.
+
+        A stream that breaks is resumed where it was, an expired token refreshed.
+        """
+        request = task_pb2.WatchTaskRequest(task_id=task_id)
+        patience = _Patience(WATCH_PATIENCE_SECONDS)
+        refused = ""
+        while True:
+            token = await self._token(refused=refused)
+            stream = self._tasks.WatchTask(request, metadata=_bearer(token), timeout=WATCH_SECONDS)
+            try:
+                async for answer in stream:
+                    patience.restored()
+                    refused = ""
+                    request.cursor = answer.cursor
+                    yield answer.task
+                    if answer.task.state in ENDED:
+                        return
+                await patience.tried(Unavailable("The server ended the watch before the task."))
+            except grpc.aio.AioRpcError as failure:
+                error = from_call(failure, self.server.url)
+                if isinstance(error, Unauthenticated) and not refused:
+                    refused = token
+                elif isinstance(error, Unavailable | Unreachable | DeadlineExceeded):
+                    await patience.tried(error)
+                else:
+                    raise error from failure
+            finally:
+                stream.cancel()  # leaving the loop does not
+
+    async def run(
+        self,
+        source: Path | str | bytes | File,
+        operation: Operation,
+        *,
+        name: str | None = None,
+        on_progress: Callable[[Progress], None] = lambda _progress: None,
+    ) -> Result:
+        """Send a file, run an operation on it, and wait for its end. Cancelled, it cancels the task.
+
+        Args:
+            source: a path, bytes (with their `name`), or a file that the server has.
+            operation: what to do.
+            name: see `upload`.
+            on_progress: called at every step.
+
+        Raises:
+            TaskNotDone: the task failed, or someone else cancelled it.
+        """
+        file = source if isinstance(source, File) else await self._sent(source, name, on_progress)
+        request_id = secrets.token_hex(16)
+        creating = asyncio.ensure_future(
+            _patiently(lambda: self.create_task(file.file_id, operation, request_id=request_id))
+        )
+        try:
+            # Shielded: a task whose creation is broken off here may still be created there.
+            task_id = (await asyncio.shield(creating)).task_id
+            async for task in self.watch(task_id):
+                on_progress(Progress(task.progress.stage, task.progress.fraction, task))
+        except asyncio.CancelledError:
+            with suppress(AtelierError, TimeoutError):
+                async with asyncio.timeout(CANCEL_SECONDS):
+                    task = await self.cancel_task((await creating).task_id)
+                    on_progress(Progress("cancelled", task.progress.fraction, task))
+            raise
+        if task.state != Task.STATE_SUCCEEDED:
+            raise TaskNotDone(task)
+        return Result(task, await _patiently(lambda: self.file(task.output_file_ids[0])))
+
+    async def _sent(
+        self, source: Path | str | bytes, name: str | None, on_progress: Callable[[Progress], None]
+    ) -> File:
+        def on_bytes(done: int, size: int) -> None:
+            on_progress(Progress("sending", done / size if size else 1.0))
+
+        on_progress(Progress("sending", 0.0))
+        request_id = secrets.token_hex(16)
+        return await _patiently(lambda: self.upload(source, name=name, request_id=request_id, on_bytes=on_bytes))
+
+    # Administration
+
+    async def grant_admin(self, login: str, secret: str) -> User:
+        """Make an account an administrator by the installation's own secret; needs no session."""
+        request = user_pb2.GrantAdminRequest(login=login, secret=secret)
+        return await self._call(self._users.GrantAdmin, request, token="")
+
+    async def set_limits(self, user_id: str, *, tasks: int | None = None, storage_bytes: int | None = None) -> Quota:
+        """Set an account's own limits; None goes back to what its role has."""
+        request = user_pb2.SetLimitsRequest(user_id=user_id, tasks=tasks, storage_bytes=storage_bytes)
+        return await self._signed_in(self._users.SetLimits, request)
+
+    async def set_role(
+        self,
+        user_id: str,
+        *,
+        role: User.Role.ValueType = User.ROLE_UNSPECIFIED,
+        status: User.Status.ValueType = User.STATUS_UNSPECIFIED,
+    ) -> User:
+        """Set an account's role or status; what is unspecified stays."""
+        request = user_pb2.SetRoleRequest(user_id=user_id, role=role, status=status)
+        return await self._signed_in(self._users.SetRole, request)
+
+    async def rotate_keys(self) -> auth_pb2.RotateKeysResponse:
+        """Make a new key for signing tokens."""
+        return await self._signed_in(self._auth.RotateKeys, auth_pb2.RotateKeysRequest())
+
+    async def topology(self, service: str = "") -> topology_pb2.GetTopologyResponse:
+        """Return what the mesh looks like now; of one service, in more detail."""
+        request = topology_pb2.GetTopologyRequest(service=service)
+        return await self._signed_in(self._topology.GetTopology, request)
+
+    # How calls are made
+
+    async def _call(
+        self, rpc: grpc.aio.UnaryUnaryMultiCallable[Any, Answer], request: Message, *, token: str
+    ) -> Answer:
+        try:
+            return await rpc(request, timeout=CALL_SECONDS, metadata=_bearer(token) if token else None)
+        except grpc.aio.AioRpcError as failure:
+            raise from_call(failure, self.server.url) from failure
+
+    async def _signed_in(self, rpc: grpc.aio.UnaryUnaryMultiCallable[Any, Answer], request: Message) -> Answer:
+        return await self._with_token(lambda token: self._call(rpc, request, token=token))
+
+    async def _with_token(self, attempt: Callable[[str], Awaitable[T]]) -> T:
+        """Run `attempt`, once more with a new token when the first is refused (a clock may be wrong)."""
+        token = await self._token()
+        try:
+            return await attempt(token)
+        except Unauthenticated:
+            return await attempt(await self._token(refused=token))
+
+    async def _token(self, *, refused: str = "") -> str:
+        """Return an access token that still lives and is not `refused`."""
+        session = self._credentials.read()
+        if session is not None and _usable(session, refused):
+            return session.access_token
+        async with self._credentials.locked():
+            session = self._credentials.read()  # another may have refreshed it while we waited
+            if session is None:
+                raise NotSignedIn(f"You are not signed in at {self.server.url}.")
+            if not _usable(session, refused):
+                session = await self._refreshed(session)
+                self._credentials.write(session)
+            return session.access_token
+
+    async def _refreshed(self, session: Session) -> Session:
+        request = auth_pb2.RefreshTokensRequest(refresh_token=session.refresh_token)
+        try:
+            tokens = await self._call(self._auth.RefreshTokens, request, token="")
+        except Unauthenticated as error:
+            self._credentials.write(None)
+            text = f"Your session at {self.server.url} has ended."
+            raise NotSignedIn(text, reason=error.reason, request_id=error.request_id) from error
+        return Session(
+            user_id=session.user_id,
+            username=session.username,
+            access_token=tokens.access_token,
+            refresh_token=tokens.refresh_token,
+            expire_time=tokens.expire_time.ToDatetime(tzinfo=UTC),
+        )
+
+
+class _Patience:
+    """Waits longer after every failure, and gives up when a time has passed without success."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.restored()
+
+    def restored(self) -> None:
+        self._since: float | None = None
+        self._pause_seconds = 0.1
+
+    async def tried(self, error: AtelierError) -> None:
+        now = asyncio.get_running_loop().time()
+        self._since = self._since or now
+        if now - self._since > self._seconds:
+            raise error
+        await asyncio.sleep(error.retry_after_seconds or self._pause_seconds)
+        self._pause_seconds = min(2.0, 2 * self._pause_seconds)
+
+
+async def _patiently(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Try again while a service behind the edge is away; a server that is not there at all is told at once."""
+    patience = _Patience(RUN_PATIENCE_SECONDS)
+    while True:
+        try:
+            return await attempt()
+        except Unreachable:
+            raise
+        except Unavailable as error:
+            await patience.tried(error)
+
+
+def _usable(session: Session, refused: str) -> bool:
+    return session.access_token != refused and session.expire_time - REFRESH_EARLY > datetime.now(UTC)
+
+
+def _bearer(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),)
+
+
+def _opened(source: Path | str | bytes) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+
+
+def _sink(to: Path | str | BinaryIO) -> AbstractContextManager[BinaryIO]:
+    return written(Path(to)) if isinstance(to, Path | str) else nullcontext(to)

@@ -1,0 +1,385 @@
+"""The commands that do the work: `run`, `tasks`, `files`."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import click
+from atelier.media.v1.media_pb2 import Operation
+from atelier.storage.v1.storage_pb2 import File
+from atelier.task.v1.task_pb2 import Task
+from google.protobuf.descriptor import FieldDescriptor
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from atelier_client import client, operations
+from atelier_client.client import Atelier
+from atelier_client.comments import installed as comments
+from atelier_client.errors import TaskNotDone
+from atelier_client.shell import (
+    Command,
+    Group,
+    Interrupted,
+    Shell,
+    connected,
+    document,
+    local_time,
+    size,
+    table,
+)
+
+STATES = {name.removeprefix("STATE_").lower(): number for name, number in Task.State.items() if number}
+DEFAULT_LIMIT = 50
+STANDARD = "-"  # standard output, as a file's name
+
+_limit = click.option("--limit", type=click.IntRange(1), default=DEFAULT_LIMIT, show_default=True, help="Most to list.")
+
+
+class Steps:
+    """Shows on standard error what goes on: a bar on a terminal, else a line a step; nothing for programs."""
+
+    def __init__(self, shell: Shell) -> None:
+        self.shell = shell
+        self._shown = ""
+        self._bar = Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=shell.err,
+            transient=True,
+            disable=shell.json or not shell.err.is_terminal,
+        )
+        self._row = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, step: str, fraction: float | None) -> None:
+        """Show a step and how far it is; None when that cannot be known."""
+        if self._bar.disable and step != self._shown:
+            self.shell.say(step)
+        self._shown = step
+        self._bar.update(self._row, description=step, total=None if fraction is None else 1.0, completed=fraction or 0)
+        self._bar.start()  # changes nothing from the second time on
+
+    def show_task(self, task: Task) -> None:
+        if task.state == Task.STATE_QUEUED:
+            self.show("queued", None)
+        elif task.state == Task.STATE_RUNNING:
+            self.show(f"running: {task.progress.stage}", task.progress.fraction)
+
+
+def _runner(kind: FieldDescriptor) -> click.Command:
+    """Return the command that runs one kind of operation."""
+    known = list(operations.parameters(kind.message_type))
+
+    @connected
+    async def run_kind(
+        shell: Shell, atelier: Atelier, /, source: str, output: str | None, detach: bool, **values: Any
+    ) -> None:
+        _require_output(output, detach)
+        values = _with_format(known, values, output)
+        marks = {parameter.name: values[parameter.name] for parameter in known if parameter.bounds.file}
+        marks = {name: mark for name, mark in marks.items() if mark}
+        for path in (source, *marks.values()):
+            _require_source(path)
+        operations.build(kind, values)  # before anything is sent: it refuses what is incomplete
+        with Steps(shell) as steps:
+            sent = {name: (await _on_server(atelier, mark, steps)).file_id for name, mark in marks.items()}
+            operation = operations.build(kind, {**values, **sent})
+            file = await _on_server(atelier, source, steps)
+            if output is None or detach:
+                task = await atelier.create_task(file.file_id, operation)
+                answer: dict[str, Any] = {"task": document(task)}
+                text = f"{task.task_id}\nFollow it with: atelier tasks watch {task.task_id}"
+            else:
+                result, size_bytes = await _finished(atelier, steps, file, operation, output)
+                answer = {"task": document(result.task), "output": output, "file": document(result.file)}
+                text = f"{'standard output' if output == STANDARD else output}: {size(size_bytes)}"
+        # After the bar has gone, which would take the line with it.
+        if output == STANDARD and not detach:
+            shell.say(text)
+        else:
+            shell.answer(answer, text)
+
+    return Command(
+        operations.command_name(kind),
+        params=[
+            click.Argument(["source"], metavar="FILE"),
+            *(parameter.option() for parameter in known),
+            click.Option(
+                ["-o", "--output"],
+                metavar="PATH",
+                help="Where the result goes; - is standard output. Its extension gives the format, or --format does.",
+            ),
+            click.Option(["--detach"], is_flag=True, help="Do not wait: print the task's id, and what to type next."),
+        ],
+        callback=run_kind,
+        help=f"{comments().get(kind.full_name, '')}\n\nFILE is a path, or the id (fil_…) of a file on the server.",
+    )
+
+
+@click.group(cls=Group)
+def run() -> None:
+    """Run an operation on an image, and fetch the result."""
+
+
+for _kind in operations.KINDS:
+    run.add_command(_runner(_kind))
+
+
+def _with_format(known: list[operations.Parameter], values: Mapping[str, Any], output: str | None) -> dict[str, Any]:
+    """Return the options' values with the format that the output's extension says, where none was given."""
+    lacking = [each.name for each in known if each.is_format and values[each.name] is None]
+    if output is None or output == STANDARD or not lacking:
+        return dict(values)
+    return {**values, **dict.fromkeys(lacking, operations.format_of(Path(output)))}
+
+
+async def _finished(
+    atelier: Atelier, steps: Steps, file: File, operation: Operation, output: str
+) -> tuple[client.Result, int]:
+    """Return what was made, and how many bytes it has, once they are at `output`."""
+    task = Task()
+
+    def on_progress(progress: client.Progress) -> None:
+        nonlocal task
+        task = progress.task or task
+        steps.show_task(task)
+
+    try:
+        result = await atelier.run(file, operation, on_progress=on_progress)
+        return result, await _fetched(atelier, result.file, output, steps)
+    except asyncio.CancelledError as interruption:
+        raise _interrupted(task) from interruption
+
+
+def _interrupted(task: Task) -> Interrupted:
+    if task.state == Task.STATE_CANCELLED:
+        return Interrupted(f"Interrupted; the task {task.task_id} is cancelled.", taskId=task.task_id)
+    if task.state == Task.STATE_SUCCEEDED:
+        return Interrupted(
+            f"Interrupted; the task {task.task_id} was done already: atelier tasks show {task.task_id}",
+            taskId=task.task_id,
+        )
+    if task.task_id:
+        text = f"Interrupted, but the task {task.task_id} could not be cancelled: atelier tasks cancel {task.task_id}"
+        return Interrupted(text, taskId=task.task_id)
+    return Interrupted("Interrupted.")
+
+
+def _require_output(output: str | None, detach: bool) -> None:
+    """Refuse what would fail only after all the work."""
+    if output is None:
+        if not detach:
+            raise click.UsageError("Say where the result goes: -o PATH (or -o - for standard output, or --detach).")
+    elif output == STANDARD:
+        if click.get_current_context().ensure_object(Shell).json:
+            raise click.UsageError("--json and -o - both want standard output.")
+        if sys.stdout.isatty():
+            raise click.UsageError("The result is no text for a terminal; redirect it, or give -o PATH.")
+    elif not Path(output).absolute().parent.is_dir():
+        raise click.UsageError(f"There is no folder {Path(output).absolute().parent}.")
+    elif Path(output).is_dir():
+        raise click.UsageError(f"{output} is a folder; name a file in it.")
+
+
+def _is_id(source: str) -> bool:
+    return source.startswith("fil_") and not Path(source).exists()
+
+
+def _require_source(source: str) -> None:
+    if not _is_id(source) and not Path(source).is_file():
+        raise click.UsageError(f"There is no file {source}.")
+
+
+async def _on_server(atelier: Atelier, source: str, steps: Steps) -> File:
+    """Return the server's file of that id, or send the one of that path."""
+    if _is_id(source):
+        return await atelier.file(source)
+    step = f"sending {Path(source).name}"
+    steps.show(step, 0.0)
+    return await atelier.upload(source, on_bytes=lambda done, total: steps.show(step, done / total if total else None))
+
+
+async def _fetched(atelier: Atelier, file: File, output: str, steps: Steps) -> int:
+    """Write a file's bytes to `output` once all are here, and return how many."""
+
+    def on_bytes(done: int, total: int) -> None:
+        steps.show("receiving", done / total if total else None)
+
+    if output != STANDARD:
+        return await atelier.download(file.file_id, output, on_bytes=on_bytes)
+    with tempfile.TemporaryFile() as whole:
+        written = await atelier.download(file.file_id, whole, on_bytes=on_bytes)
+        whole.seek(0)
+        shutil.copyfileobj(whole, sys.stdout.buffer)
+    sys.stdout.buffer.flush()
+    return written
+
+
+@click.group(cls=Group, invoke_without_command=True)
+@click.option("--state", type=click.Choice(list(STATES)), help="Only tasks in this state.")
+@_limit
+@click.pass_context
+def tasks(context: click.Context, state: str | None, limit: int) -> None:
+    """List your tasks, newest first; or look at one."""
+    if context.invoked_subcommand is None:
+        context.invoke(_list_tasks, state=state, limit=limit)
+
+
+@click.command()
+@connected
+async def _list_tasks(shell: Shell, atelier: Atelier, state: str | None, limit: int) -> None:
+    found: list[Task] = []
+    async for task in atelier.tasks(STATES[state] if state else Task.STATE_UNSPECIFIED):
+        found.append(task)
+        if len(found) == limit:
+            break
+    rows = table("TASK", "STATE", "OPERATION", "PROGRESS", "CREATED", "RESULT")
+    for task in found:
+        rows.add_row(
+            task.task_id, _state(task), _operation(task), f"{task.progress.fraction:.0%}",
+            local_time(task.create_time), " ".join(task.output_file_ids) or task.error.reason,
+        )  # fmt: skip
+    shell.answer({"tasks": [document(task) for task in found]}, rows if found else "No tasks.")
+
+
+@tasks.command()
+@click.argument("task_id")
+@connected
+async def show(shell: Shell, atelier: Atelier, task_id: str) -> None:
+    """Show a task and what happened to it."""
+    task = await atelier.task(task_id)
+    events = await atelier.task_events(task_id)
+    lines = [_description(task), ""]
+    for event in events:
+        state = Task.State.Name(event.state).removeprefix("STATE_").lower()
+        lines.append(f"{local_time(event.create_time)}  {state:<10} attempt {event.attempt}  {event.reason}".rstrip())
+    shell.answer({"task": document(task), "events": [document(event) for event in events]}, "\n".join(lines))
+
+
+@tasks.command()
+@click.argument("task_id")
+@connected
+async def watch(shell: Shell, atelier: Atelier, task_id: str) -> None:
+    """Follow a task to its end. Ctrl-C stops watching, not the task."""
+    task = Task()
+    with Steps(shell) as steps:
+        async for task in atelier.watch(task_id):
+            steps.show_task(task)
+    if task.state != Task.STATE_SUCCEEDED:
+        raise TaskNotDone(task)
+    shell.answer({"task": document(task)}, _description(task))
+
+
+@tasks.command()
+@click.argument("task_id")
+@connected
+async def cancel(shell: Shell, atelier: Atelier, task_id: str) -> None:
+    """Cancel a task."""
+    task = await atelier.cancel_task(task_id)
+    shell.answer({"task": document(task)}, f"{task.task_id} is {_state(task)}.")
+
+
+@tasks.command()
+@click.argument("task_id")
+@connected
+async def retry(shell: Shell, atelier: Atelier, task_id: str) -> None:
+    """Queue a failed or cancelled task again."""
+    task = await atelier.retry_task(task_id)
+    text = f"{task.task_id} is {_state(task)}.\nFollow it with: atelier tasks watch {task.task_id}"
+    shell.answer({"task": document(task)}, text)
+
+
+@click.group(cls=Group, invoke_without_command=True)
+@_limit
+@click.pass_context
+def files(context: click.Context, limit: int) -> None:
+    """List your files, newest first; or send, fetch or delete some."""
+    if context.invoked_subcommand is None:
+        context.invoke(_list_files, limit=limit)
+
+
+@click.command()
+@connected
+async def _list_files(shell: Shell, atelier: Atelier, limit: int) -> None:
+    found: list[File] = []
+    async for file in atelier.files():
+        found.append(file)
+        if len(found) == limit:
+            break
+    rows = table("FILE", "SIZE", "TYPE", "CREATED", "NAME")
+    for file in found:
+        rows.add_row(file.file_id, size(file.size_bytes), file.content_type, local_time(file.create_time), file.name)
+    shell.answer({"files": [document(file) for file in found]}, rows if found else "No files.")
+
+
+@files.command()
+@click.argument("path", type=click.Path(exists=True, dir_okay=False))
+@click.option("--name", help="What to call it there; not given: as here.")
+@connected
+async def upload(shell: Shell, atelier: Atelier, path: str, name: str | None) -> None:
+    """Send a file."""
+    with Steps(shell) as steps:
+        step = f"sending {Path(path).name}"
+        file = await atelier.upload(
+            path, name=name, on_bytes=lambda done, total: steps.show(step, done / total if total else None)
+        )
+    shell.answer({"file": document(file)}, f"{file.file_id}  {file.name}, {file.content_type}, {size(file.size_bytes)}")
+
+
+@files.command()
+@click.argument("file_id")
+@click.option("-o", "--output", metavar="PATH", required=True, help="Where it goes; '-' is standard output.")
+@connected
+async def download(shell: Shell, atelier: Atelier, file_id: str, output: str) -> None:
+    """Fetch a file."""
+    _require_output(output, detach=False)
+    with Steps(shell) as steps:
+        file = await atelier.file(file_id)
+        written = await _fetched(atelier, file, output, steps)
+    if output != STANDARD:
+        shell.answer({"output": output, "file": document(file)}, f"{output}: {size(written)}")
+
+
+@files.command()
+@click.argument("file_ids", metavar="FILE_ID...", nargs=-1, required=True)
+@connected
+async def delete(shell: Shell, atelier: Atelier, file_ids: tuple[str, ...]) -> None:
+    """Delete files."""
+    for file_id in file_ids:
+        await atelier.delete_file(file_id)
+    shell.answer({"deleted": list(file_ids)}, f"Deleted: {' '.join(file_ids)}")
+
+
+def _state(task: Task) -> str:
+    return Task.State.Name(task.state).removeprefix("STATE_").lower()
+
+
+def _operation(task: Task) -> str:
+    return (task.operation.WhichOneof("kind") or "").replace("_", "-")
+
+
+def _description(task: Task) -> str:
+    """Return what a person wants to know of a task, and what they may type next."""
+    lines = [f"{task.task_id}: {_operation(task)} of {task.input_file_id}, {_state(task)}, attempt {task.attempt}"]
+    if task.state == Task.STATE_RUNNING:
+        lines.append(f"{task.progress.stage}, {task.progress.fraction:.0%}")
+    if task.HasField("error"):
+        lines.append(f"{task.error.message} ({task.error.reason})")
+        lines.append(f"Try it again with: atelier tasks retry {task.task_id}")
+    lines += [f"Fetch the result with: atelier files download {each} -o PATH" for each in task.output_file_ids]
+    return "\n".join(lines)
