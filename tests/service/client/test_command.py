@@ -1,0 +1,291 @@
+"""The `atelier` command, as a process, against a small installation behind Envoy."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from atelier.media.v1.media_pb2 import FORMAT_WEBP
+from atelier.task.v1.task_pb2 import Task
+
+from tests.eventually import eventually
+from tests.ports import free_port
+from tests.service.client.conftest import HOST, PASSWORD, RESULT, Installation, Person
+
+
+def photo(person: Person) -> Path:
+    path = person.folder / "photo.jpg"
+    path.write_bytes(b"\xff\xd8 photo")
+    return path
+
+
+def everything(terminal: int) -> str:
+    """Read what a terminal shows until the last of its processes has ended, which Linux tells by an error."""
+    shown = b""
+    with contextlib.suppress(OSError), open(terminal, "rb", buffering=0) as stream:
+        while chunk := stream.read(4096):
+            shown += chunk
+    return shown.decode()
+
+
+async def test_the_main_job_is_two_commands(person: Person, installation: Installation) -> None:
+    photo(person)
+    await person.registers()
+
+    code, out, err = await person.types("run", "resize", "photo.jpg", "--width", "800", "-o", "small.webp")
+
+    assert (code, (person.folder / "small.webp").read_bytes()) == (0, RESULT)
+    assert out.decode() == f"small.webp: {len(RESULT)} B\n"
+    assert err.splitlines() == ["sending photo.jpg", "queued", "running: process", "receiving"]
+    resize = installation.tasks["tsk_1"].operation.resize
+    assert (resize.width, resize.format) == (800, FORMAT_WEBP)
+
+
+async def test_on_a_terminal_the_bar_goes_and_the_answer_stays(person: Person) -> None:
+    photo(person)
+    await person.registers()
+    ours, theirs = os.openpty()
+    arguments = ("-m", "atelier_client.command", "run", "resize", "photo.jpg", "--width", "8", "-o", "small.webp")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *arguments,
+        cwd=person.folder, env={**person.environment(), "TERM": "xterm"}, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+
+    shown = await asyncio.to_thread(everything, ours)
+    code = await process.wait()
+
+    assert code == 0
+    assert "sending photo.jpg" in shown
+    assert shown.endswith(f"small.webp: {len(RESULT)} B\r\n")
+
+
+async def test_a_run_answers_programs_with_one_document(person: Person) -> None:
+    photo(person)
+    await person.registers()
+
+    code, out, err = await person.types("run", "resize", "photo.jpg", "--width", "8", "-o", "b.png", "--json")
+
+    answer = json.loads(out)
+    assert (code, err, answer["output"], answer["task"]["state"]) == (0, "", "b.png", "STATE_SUCCEEDED")
+    assert answer["file"]["sizeBytes"] == str(len(RESULT))
+
+
+async def test_a_result_goes_to_standard_output_untouched(person: Person) -> None:
+    photo(person)
+    await person.registers()
+
+    code, out, _ = await person.types("run", "convert", "photo.jpg", "--format", "avif", "-o", "-")
+
+    assert (code, out) == (0, RESULT)
+
+
+async def test_a_mark_that_is_a_path_is_sent_first(person: Person, installation: Installation) -> None:
+    photo(person)
+    (person.folder / "logo.png").write_bytes(b"\x89PNG logo")
+    await person.registers()
+
+    code, _, err = await person.types("run", "watermark", "photo.jpg", "--image", "logo.png", "-o", "marked.jpg")
+
+    assert code == 0, err
+    task = installation.tasks["tsk_1"]
+    names = [installation.files[each][0].name for each in (task.operation.watermark.image.file_id, task.input_file_id)]
+    assert names == ["logo.png", "photo.jpg"]
+
+
+async def test_an_interrupted_run_cancels_its_task_and_says_so(person: Person, installation: Installation) -> None:
+    installation.held = True
+    photo(person)
+    await person.registers()
+    process = await person.start("run", "resize", "photo.jpg", "--width", "8", "-o", "small.webp")
+    await eventually(lambda: [task for task in installation.tasks.values() if task.state == Task.STATE_RUNNING])
+
+    person.interrupt(process)
+    _, err = await process.communicate()
+
+    assert (process.returncode, installation.tasks["tsk_1"].state) == (130, Task.STATE_CANCELLED)
+    assert "the task tsk_1 is cancelled" in err.decode()
+    assert sorted(each.name for each in person.folder.iterdir()) == ["config", "photo.jpg"]
+
+
+async def test_a_detached_run_says_what_to_type_next(person: Person) -> None:
+    photo(person)
+    await person.registers()
+
+    code, out, _ = await person.types("run", "resize", "photo.jpg", "--width", "8", "--detach")
+    watched, _, _ = await person.types("tasks", "watch", "tsk_1")
+
+    assert (code, out.decode().splitlines()) == (0, ["tsk_1", "Follow it with: atelier tasks watch tsk_1"])
+    assert watched == 0
+
+
+async def test_what_is_incomplete_is_refused_before_anything_is_sent(
+    person: Person, installation: Installation
+) -> None:
+    photo(person)
+    await person.registers()
+
+    code, _, err = await person.types("run", "resize", "photo.jpg", "-o", "small.webp")
+
+    assert (code, installation.files) == (2, {})
+    assert "Give --width or --height." in err
+
+
+async def test_a_failed_task_is_exit_code_1_with_its_reason(person: Person, installation: Installation) -> None:
+    installation.failing = True
+    photo(person)
+    await person.registers()
+
+    code, _, err = await person.types("run", "resize", "photo.jpg", "--width", "8", "-o", "small.webp")
+
+    assert code == 1
+    assert err.splitlines()[-1] == "atelier: The image is damaged. (INPUT_DAMAGED)"
+
+
+async def test_who_is_not_signed_in_is_told_how(person: Person) -> None:
+    code, _, err = await person.types("whoami")
+
+    assert code == 3
+    assert "(NOT_SIGNED_IN)\nSign in: atelier login" in err
+
+
+async def test_errors_for_programs_are_refusals_on_standard_error(person: Person) -> None:
+    await person.registers()
+
+    code, out, err = await person.types("--json", "tasks", "show", "tsk_none")
+
+    refusal = json.loads(err)
+    assert (code, out, refusal["code"], refusal["details"][0]["reason"]) == (1, b"", 5, "TASK_NOT_FOUND")
+
+
+async def test_a_wrong_password_is_a_refusal(person: Person) -> None:
+    code, _, err = await person.types("login", "--username", "ada", "--password-stdin", stdin=b"guess\n")
+
+    assert code == 1
+    assert "(CREDENTIALS_INVALID)\nCheck name and password" in err
+
+
+async def test_without_a_terminal_nothing_is_asked(person: Person) -> None:
+    code, _, err = await person.types("login")
+
+    assert code == 2
+    assert "Give --username" in err
+
+
+async def test_two_commands_at_once_refresh_once(person: Person, installation: Installation) -> None:
+    await person.registers()
+    installation.expire_tokens()
+
+    codes = [code for code, _, _ in await asyncio.gather(*(person.types("whoami") for _ in range(3)))]
+
+    assert (codes, installation.refreshes) == ([0, 0, 0], 1)
+
+
+async def test_lists_and_quota_read_as_tables_and_as_documents(person: Person, installation: Installation) -> None:
+    await person.registers()
+    installation.keep("photo.jpg", "image/jpeg", b"1234")
+
+    _, files, _ = await person.types("files")
+    _, tasks, _ = await person.types("tasks", "--state", "queued", "--json")
+    _, quota, _ = await person.types("quota")
+
+    assert files.decode().splitlines()[1].split()[:4] == ["fil_1", "4", "B", "image/jpeg"]
+    assert json.loads(tasks) == {"tasks": []}
+    assert "tasks this month  2" in quota.decode()
+
+
+async def test_files_are_sent_fetched_and_deleted(person: Person, installation: Installation) -> None:
+    photo(person)
+    await person.registers()
+
+    _, sent, _ = await person.types("files", "upload", "photo.jpg", "--json")
+    fetched, _, _ = await person.types("files", "download", json.loads(sent)["file"]["fileId"], "-o", "copy.jpg")
+    deleted, _, _ = await person.types("files", "delete", "fil_1")
+
+    assert (fetched, deleted, installation.files) == (0, 0, {})
+    assert (person.folder / "copy.jpg").read_bytes() == photo(person).read_bytes()
+
+
+async def test_the_first_administrator_comes_by_the_secret_and_has_the_role_at_once(
+    person: Person, installation: Installation
+) -> None:
+    await person.registers()
+    (person.folder / "admin").write_text("installation\n")
+
+    code, out, err = await person.types("admin", "grant", "ada", "--secret-file", "admin")
+    limits, _, _ = await person.types("admin", "set-limits", "usr_ada", "--tasks", "5")
+
+    assert (code, limits, installation.refreshes) == (0, 0, 1), err
+    assert "ada is an administrator now" in out.decode()
+
+
+async def test_the_mesh_is_shown_to_people_and_to_programs(person: Person) -> None:
+    await person.registers()
+
+    _, status, _ = await person.types("mesh", "status")
+    _, why, _ = await person.types("mesh", "why", "task")
+    _, config, _ = await person.types("--json", "mesh", "config")
+    unknown, _, complaint = await person.types("mesh", "why", "tusk")
+
+    assert "critical" in status.decode()
+    assert "task (1)" in status.decode()
+    assert "A fault is injected into task" in status.decode()
+    assert "control-2" in status.decode()
+    (endpoint,) = [line.split() for line in why.decode().splitlines() if line.startswith("task-1")]
+    assert endpoint[:3] == ["task-1", "127.0.0.1:9000", "critical"]
+    assert endpoint[-7:] == ["process", "7,", "agent", "here", "no", "connection", "refused"]
+    assert "endpoints task  v1   v2      waiting" in why.decode()
+    (instance,) = json.loads(config)["instances"]
+    assert instance["settings"] == {"attempts": 3, "log_level": "INFO"}
+    assert instance["refusal"] == "attempts: too many"
+    assert (unknown, "SERVICE_UNKNOWN" in complaint) == (1, True)
+
+
+async def test_logging_out_forgets_the_session(person: Person, installation: Installation) -> None:
+    await person.registers()
+
+    code, _, _ = await person.types("logout")
+
+    assert (code, installation.refresh_tokens) == (0, set())
+    assert (await person.types("whoami"))[0] == 3
+
+
+async def test_the_doctor_finds_all_well(person: Person) -> None:
+    await person.registers()
+
+    code, out, err = await person.types("doctor", "--json")
+
+    answer = json.loads(out)
+    assert (code, answer["ok"]) == (0, True), err
+    names = [check["name"] for check in answer["checks"]]
+    assert names == ["credentials", "server", "services", "version", "clock", "account"]
+    assert all(check["ok"] for check in answer["checks"])
+
+
+async def test_the_doctor_names_what_is_wrong_and_how_to_mend_it(person: Person, installation: Installation) -> None:
+    await person.registers()
+    installation.ready = False
+    credentials = person.folder / "config" / "atelier" / "credentials.json"
+    credentials.chmod(0o644)
+
+    code, out, _ = await person.types("doctor")
+
+    assert code == 1
+    assert "waiting for media" in out.decode()
+    assert "mode 0644" in out.decode()
+    assert credentials.stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_server_that_is_not_there_is_exit_code_4(person: Person) -> None:
+    person.url = f"http://{HOST}:{free_port()}"
+
+    code, _, err = await person.types("login", "--username", "ada", "--password-stdin", stdin=PASSWORD.encode())
+    doctor, out, _ = await person.types("doctor")
+
+    assert code == 4
+    assert "(SERVER_UNREACHABLE)\natelier doctor finds out why" in err
+    assert (doctor, "WRONG server" in out.decode()) == (1, True)

@@ -1,0 +1,246 @@
+"""A media worker with real child processes, between a task service and a storage that do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import itertools
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from atelier.media.v1 import media_pb2
+from atelier.storage.v1 import storage_pb2, storage_pb2_grpc
+from atelier.task.v1 import task_pb2, task_pb2_grpc
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from mesh.broker import Delivery
+from mesh.errors import Aborted, MeshError, NotFound, Unavailable
+from services.media.config import WorkerConfig
+from services.media.worker import processes, storage
+from services.media.worker.tasks import Worker
+from tests.mesh_server import Server, serving
+
+LEASE_SECONDS = 3.0
+# Some ten seconds of work: a photograph made 36 megapixels and an AVIF.
+LONG = media_pb2.Operation(
+    resize=media_pb2.Resize(width=6000, fit=media_pb2.Resize.FIT_FIT, format=media_pb2.FORMAT_AVIF)
+)
+SHORT = media_pb2.Operation(resize=media_pb2.Resize(width=100, format=media_pb2.FORMAT_WEBP))
+
+
+class LeaseLost(Aborted):
+    reason = "LEASE_LOST"
+
+
+class FileNotFound(NotFound):
+    reason = "FILE_NOT_FOUND"
+
+
+class Tasks(task_pb2_grpc.TaskServiceServicer):
+    """Gives out what is queued and remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.queued: list[task_pb2.Task] = []
+        self.lost: set[str] = set()
+        self.failure: MeshError | None = None
+        self.claims = 0
+        self.renewals: list[task_pb2.RenewLeaseRequest] = []
+        self.completed: dict[str, str] = {}
+        self.failed: dict[str, task_pb2.FailTaskRequest] = {}
+        self._numbers = itertools.count(1)
+
+    def queue(self, operation: media_pb2.Operation = SHORT, file_id: str = "fil_rocket") -> str:
+        task = task_pb2.Task(
+            task_id=f"tsk_{next(self._numbers)}", attempt=1, input_file_id=file_id, operation=operation
+        )
+        self.queued.append(task)
+        return task.task_id
+
+    def stages(self, task_id: str) -> list[str]:
+        return [each.progress.stage for each in self.renewals if each.task_id == task_id]
+
+    async def ClaimTask(self, request, _):
+        self.claims += 1
+        if self.failure:
+            raise self.failure
+        if not self.queued:
+            return task_pb2.ClaimTaskResponse()
+        task = self.queued.pop(0)
+        assignment = task_pb2.ClaimTaskResponse.Assignment(task=task, capability=f"may-{task.task_id}")
+        assignment.lease_duration.FromMilliseconds(int(LEASE_SECONDS * 1000))
+        return task_pb2.ClaimTaskResponse(assignment=assignment)
+
+    async def RenewLease(self, request, _):
+        self._require_lease(request.task_id)
+        self.renewals.append(request)
+        response = task_pb2.RenewLeaseResponse()
+        response.lease_duration.FromMilliseconds(int(LEASE_SECONDS * 1000))
+        return response
+
+    async def CompleteTask(self, request, _):
+        self._require_lease(request.task_id)
+        self.completed[request.task_id] = request.output_file_ids[0]
+        return task_pb2.CompleteTaskResponse()
+
+    async def FailTask(self, request, _):
+        self._require_lease(request.task_id)
+        self.failed[request.task_id] = request
+        return task_pb2.FailTaskResponse()
+
+    def _require_lease(self, task_id: str) -> None:
+        if self.failure:
+            raise self.failure
+        if task_id in self.lost:
+            raise LeaseLost("Another attempt has the task.", metadata={"task_id": task_id})
+
+
+class Storage(storage_pb2_grpc.StorageServiceServicer):
+    """Has the photographs that scikit-image ships, by their stems, and what a test puts in."""
+
+    def __init__(self) -> None:
+        package = importlib.util.find_spec("skimage")
+        assert package is not None
+        assert package.submodule_search_locations is not None
+        photos = Path(package.submodule_search_locations[0]) / "data"
+        self.inputs: dict[str, tuple[str, bytes]] = {
+            f"fil_{path.stem}": (path.name, path.read_bytes())
+            for path in (photos / "rocket.jpg", photos / "coffee.png", photos / "retina.jpg")
+        }
+        self.results: dict[str, tuple[str, str, bytes]] = {}
+        self.discarded: list[str] = []
+        self.reads: list[str] = []
+        self.away = False
+
+    async def read(self, request: Request) -> Response:
+        self.reads.append(request.headers["x-atelier-capability"])
+        if self.away:
+            raise Unavailable("Away.")
+        file_id = request.path_params["file_id"]
+        if file_id not in self.inputs:
+            raise FileNotFound(f"There is no file {file_id}.", metadata={"file_id": file_id})
+        name, content = self.inputs[file_id]
+        disposition = f"inline; filename=\"_\"; filename*=UTF-8''{quote(name)}"
+        return Response(content, headers={"content-disposition": disposition})
+
+    async def write(self, request: Request) -> Response:
+        content = await request.body()
+        capability = request.headers["x-atelier-capability"]
+        self.results[capability] = (request.query_params["name"], request.headers["content-type"], content)
+        return JSONResponse({"fileId": f"fil_of_{capability}"})
+
+    async def DiscardResult(self, request, _):
+        self.discarded.append(request.capability)
+        return storage_pb2.DiscardResultResponse()
+
+
+class Permits:
+    """Stands for the broker: hands out permits one by one, and again where they could not be used."""
+
+    def __init__(self) -> None:
+        self.waiting: asyncio.Queue[int] = asyncio.Queue()
+        self.returned = 0
+
+    async def consume(self, queue: str, handler: Callable[[Delivery], Awaitable[None]], *, prefetch: int) -> None:
+        while True:
+            number = await self.waiting.get()
+            handling = asyncio.ensure_future(handler(Delivery(b"", queue, str(number), {})))
+            try:
+                await asyncio.shield(handling)
+            except asyncio.CancelledError:
+                await asyncio.wait([handling])  # as the real one: what is being handled ends first
+                raise
+            except Unavailable:
+                self.returned += 1
+                self.waiting.put_nowait(number)
+                await asyncio.sleep(0.05)
+
+
+class Addresses:
+    def __init__(self, *addresses: str) -> None:
+        self.listed = list(addresses)
+
+    def addresses(self) -> list[str]:
+        return self.listed
+
+
+@dataclass
+class World:
+    tasks: Tasks
+    storage: Storage
+    permits: Permits
+    server: Server
+    data_dir: Path
+    instances: Addresses
+    slots: list[processes.Slot] = field(default_factory=list)
+    running: asyncio.Task[None] | None = None
+
+    def do(self, operation: media_pb2.Operation = SHORT, file_id: str = "fil_rocket") -> str:
+        """Queue a task and give a permit for it."""
+        task_id = self.tasks.queue(operation, file_id)
+        self.permits.waiting.put_nowait(1)
+        return task_id
+
+    async def stop(self) -> float:
+        """Stop the worker as `serve` does after SIGTERM; return how long it took."""
+        assert self.running is not None
+        began = time.monotonic()
+        self.running.cancel()
+        await asyncio.wait([self.running])
+        return time.monotonic() - began
+
+    def left_behind(self) -> list[Path]:
+        return list(self.data_dir.rglob("task/*"))
+
+
+Start = Callable[..., Awaitable[World]]
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    """Start a worker."""
+    async with AsyncExitStack() as stack:
+        tasks, files, permits = Tasks(), Storage(), Permits()
+        rpc = "/atelier.storage.v1.StorageService"
+        server = await stack.enter_async_context(
+            serving(
+                partial(task_pb2_grpc.add_TaskServiceServicer_to_server, tasks),
+                partial(storage_pb2_grpc.add_StorageServiceServicer_to_server, files),
+                http={f"{rpc}/ReadInput": files.read, f"{rpc}/WriteResult": files.write},
+            )
+        )
+
+        async def started(slots: int = 1, drain_seconds: float = 0.3, **settings: int) -> World:
+            config = WorkerConfig.model_validate(
+                {
+                    "ATELIER_CONSUL_URL": "", "ATELIER_BROKER_URL": "", "ATELIER_CONTROL_ADDRESSES": "",
+                    "ATELIER_DATA_DIR": tmp_path, "ATELIER_SECRETS_DIR": tmp_path, "ATELIER_INSTANCE": "media-worker-1",
+                    "slots": slots, **settings,
+                }
+            )  # fmt: skip
+            opened = await stack.enter_async_context(processes.opened(config))
+            dead = "127.0.0.1:9"  # one instance has just died and is still listed
+            live = server.http_url.removeprefix("https://")
+            instances = Addresses(dead, live)
+            reading = await stack.enter_async_context(storage.opened(instances, server.tls("media-worker")))
+            channel = server.channel(caller="media-worker")
+            worker = Worker(
+                task_pb2_grpc.TaskServiceStub(channel),
+                storage_pb2_grpc.StorageServiceStub(channel),
+                reading,
+                opened,
+                worker_id=config.instance,
+                drain_seconds=drain_seconds,
+            )
+            world = World(tasks, files, permits, server, tmp_path, instances, opened)
+            world.running = asyncio.create_task(worker.run(permits))
+            stack.push_async_callback(world.stop)
+            return world
+
+        yield started

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import io
+import os
+import signal
+import time
+
+import psutil
+from atelier.media.v1 import media_pb2
+from PIL import Image
+
+from mesh.errors import Unavailable
+from tests.eventually import eventually
+from tests.service.media.conftest import LONG, SHORT, Start
+
+
+async def test_a_task_becomes_a_result_with_a_telling_name(start: Start):
+    world = await start()
+
+    task_id = world.do()
+
+    assert await eventually(lambda: world.tasks.completed.get(task_id)) == f"fil_of_may-{task_id}"
+    name, content_type, content = world.storage.results[f"may-{task_id}"]
+    assert (name, content_type) == ("rocket-100x67.webp", "image/webp")
+    assert Image.open(io.BytesIO(content)).size == (100, 67)
+    await eventually(lambda: not world.left_behind())
+
+
+async def test_a_name_in_any_script_is_kept(start: Start):
+    world = await start()
+    world.storage.inputs["fil_x"] = ("富士山 für alle.jpg", world.storage.inputs["fil_rocket"][1])
+
+    task_id = world.do(file_id="fil_x")
+
+    await eventually(lambda: task_id in world.tasks.completed)
+    assert world.storage.results[f"may-{task_id}"][0] == "富士山 für alle-100x67.webp"
+
+
+async def test_a_mark_is_fetched_too(start: Start):
+    world = await start()
+    mark = media_pb2.Watermark.Image(file_id="fil_coffee", scale=0.5)
+
+    task_id = world.do(media_pb2.Operation(watermark=media_pb2.Watermark(image=mark, opacity=1)))
+
+    await eventually(lambda: task_id in world.tasks.completed)
+    assert world.storage.results[f"may-{task_id}"][0] == "rocket-640x427.jpg"
+
+
+async def test_progress_is_reported_while_it_works(start: Start):
+    world = await start()
+
+    task_id = world.do(LONG, "fil_retina")
+
+    await eventually(lambda: "process" in world.tasks.stages(task_id), within_seconds=20)
+    fractions = [each.progress.fraction for each in world.tasks.renewals]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] < 1
+
+
+async def test_a_damaged_input_fails_for_good_with_its_reason(start: Start):
+    world = await start()
+    world.storage.inputs["fil_cut"] = ("cut.jpg", world.storage.inputs["fil_rocket"][1][:9000])
+
+    task_id = world.do(file_id="fil_cut")
+
+    failure = await eventually(lambda: world.tasks.failed.get(task_id))
+    assert (failure.error.reason, failure.error.code, failure.transient) == ("INPUT_DAMAGED", 3, False)
+
+
+async def test_a_missing_input_fails_for_good_with_storages_reason(start: Start):
+    world = await start()
+
+    task_id = world.do(file_id="fil_gone")
+
+    failure = await eventually(lambda: world.tasks.failed.get(task_id))
+    assert (failure.error.reason, failure.transient) == ("FILE_NOT_FOUND", False)
+
+
+async def test_storage_away_is_waited_for(start: Start):
+    world = await start()
+    world.storage.away = True
+    task_id = world.do()
+    await eventually(lambda: world.storage.reads)
+
+    world.storage.away = False
+
+    await eventually(lambda: task_id in world.tasks.completed)
+
+
+async def test_storage_away_for_long_is_transient(start: Start):
+    world = await start()
+    world.storage.away = True
+
+    task_id = world.do()
+
+    failure = await eventually(lambda: world.tasks.failed.get(task_id), within_seconds=10)
+    assert (failure.error.reason, failure.transient) == ("STORAGE_UNAVAILABLE", True)
+
+
+async def test_a_cancelled_task_stops_its_process_within_two_seconds(start: Start):
+    world = await start()
+    task_id = world.do(LONG, "fil_retina")
+    await eventually(lambda: "process" in world.tasks.stages(task_id), within_seconds=20)
+    child = psutil.Process(world.slots[0].pid)
+
+    world.tasks.lost.add(task_id)
+
+    await eventually(lambda: not child.is_running(), within_seconds=2)
+    await eventually(lambda: world.storage.discarded == [f"may-{task_id}"])
+    await eventually(lambda: not world.left_behind())
+    after = world.do()
+    await eventually(lambda: after in world.tasks.completed)
+    assert task_id not in world.tasks.failed
+
+
+async def test_a_killed_process_costs_one_attempt_and_not_the_worker(start: Start):
+    world = await start()
+    task_id = world.do(LONG, "fil_retina")
+    await eventually(lambda: "process" in world.tasks.stages(task_id), within_seconds=20)
+
+    os.kill(world.slots[0].pid, signal.SIGKILL)
+
+    failure = await eventually(lambda: world.tasks.failed.get(task_id))
+    assert (failure.error.reason, failure.transient, failure.returned) == ("WORKER_CRASHED", True, False)
+    after = world.do()
+    await eventually(lambda: after in world.tasks.completed)
+
+
+async def test_an_operation_out_of_time_fails_for_good(start: Start):
+    world = await start(job_seconds=1)
+
+    task_id = world.do(LONG, "fil_retina")
+
+    failure = await eventually(lambda: world.tasks.failed.get(task_id))
+    assert (failure.error.reason, failure.transient) == ("TIME_LIMIT_EXCEEDED", False)
+
+
+async def test_an_operation_out_of_memory_is_transient(start: Start):
+    world = await start(job_memory_bytes=200 * 1024**2)
+
+    task_id = world.do(LONG, "fil_retina")
+
+    failure = await eventually(lambda: world.tasks.failed.get(task_id), within_seconds=20)
+    assert failure.error.reason in {"OUT_OF_MEMORY", "WORKER_CRASHED"}
+    assert failure.transient
+    after = world.do()
+    await eventually(lambda: after in world.tasks.completed)
+
+
+async def test_a_worker_without_a_lease_stops_by_its_own_clock(start: Start):
+    world = await start()
+    task_id = world.do(LONG, "fil_retina")
+    await eventually(lambda: task_id in {each.task_id for each in world.tasks.renewals})
+    child = psutil.Process(world.slots[0].pid)
+
+    world.tasks.failure = Unavailable("Away.")
+
+    await eventually(lambda: not child.is_running(), within_seconds=4)
+    world.tasks.failure = None
+    after = world.do()
+    await eventually(lambda: after in world.tasks.completed)
+    assert task_id not in world.tasks.completed
+
+
+async def test_a_result_that_lost_its_lease_is_discarded(start: Start):
+    world = await start()
+    task_id = world.tasks.queue()
+    world.tasks.lost.add(task_id)
+
+    world.permits.waiting.put_nowait(1)
+
+    await eventually(lambda: world.storage.discarded == [f"may-{task_id}"])
+    assert not world.tasks.completed
+
+
+async def test_no_more_is_claimed_than_there_are_slots(start: Start):
+    world = await start(slots=1)
+    first = world.do(LONG, "fil_retina")
+    second = world.do()
+    await eventually(lambda: first in {each.task_id for each in world.tasks.renewals})
+
+    assert world.tasks.claims == 1
+    world.tasks.lost.add(first)
+    await eventually(lambda: second in world.tasks.completed)
+
+
+async def test_a_permit_without_a_task_is_used_up(start: Start):
+    world = await start()
+
+    world.permits.waiting.put_nowait(1)
+    await eventually(lambda: world.tasks.claims == 1)
+    task_id = world.do()
+
+    await eventually(lambda: task_id in world.tasks.completed)
+    assert world.permits.returned == 0
+
+
+async def test_a_permit_is_kept_while_the_task_service_is_away(start: Start):
+    world = await start()
+    world.tasks.failure = Unavailable("Away.")
+    task_id = world.do()
+    await eventually(lambda: world.permits.returned >= 2)
+
+    world.tasks.failure = None
+
+    await eventually(lambda: task_id in world.tasks.completed)
+
+
+async def test_nothing_is_claimed_while_no_storage_is_there(start: Start):
+    world = await start()
+    there, world.instances.listed = world.instances.listed, []
+    task_id = world.do()
+    await eventually(lambda: world.permits.returned >= 2)
+    assert world.tasks.claims == 0
+
+    world.instances.listed = there
+
+    await eventually(lambda: task_id in world.tasks.completed)
+
+
+async def test_a_stopping_worker_gives_back_what_it_cannot_finish(start: Start):
+    world = await start(drain_seconds=0.2)
+    running = world.do(LONG, "fil_retina")
+    waiting = world.do()
+    await eventually(lambda: running in {each.task_id for each in world.tasks.renewals})
+    child = psutil.Process(world.slots[0].pid)
+
+    assert await world.stop() < 3
+
+    assert world.tasks.failed[running].returned
+    assert not child.is_running()
+    assert [task.task_id for task in world.tasks.queued] == [waiting]
+    assert not world.left_behind()
+
+
+async def test_a_stopping_worker_finishes_what_it_can(start: Start):
+    world = await start(drain_seconds=10)
+    task_id = world.do()
+    await eventually(lambda: world.tasks.claims == 1)
+
+    await world.stop()
+
+    assert task_id in world.tasks.completed
+
+
+async def test_what_a_killed_worker_left_is_removed_at_the_next_start(start: Start, tmp_path):
+    leftover = tmp_path / "media-worker" / "media-worker-1" / "7" / "task" / "input"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"somebody's picture")
+
+    await start()
+
+    assert not leftover.exists()
+
+
+async def test_a_process_does_not_grow_with_its_jobs(start: Start):
+    world = await start()
+
+    async def done(count: int) -> int:
+        ids = [world.do(SHORT, "fil_coffee") for _ in range(count)]
+        await eventually(lambda: set(ids) <= set(world.tasks.completed), within_seconds=60)
+        return psutil.Process(world.slots[0].pid).memory_info().rss
+
+    pid = world.slots[0].pid
+    before = await done(20)
+    began = time.monotonic()
+    after = await done(200)
+
+    assert world.slots[0].pid == pid
+    assert after - before < 50 * 1024**2
+    assert time.monotonic() - began < 60

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import asyncio
+import random
+import sqlite3
+import stat
+import sys
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table, func, insert, select, text, update
+from sqlalchemy.exc import IntegrityError, OperationalError
+
+from mesh import database, idempotency, inbox
+from mesh.database import Database, Timestamp
+from mesh.errors import Unavailable
+from mesh.idempotency import IdempotencyKeyReused
+
+metadata = MetaData()
+counter = Table("counter", metadata, Column("name", String, primary_key=True), Column("value", Integer))
+pair = Table("pair", metadata, Column("id", Integer, primary_key=True), Column("left", Integer))
+child = Table("child", metadata, Column("name", String, ForeignKey("counter.name"), primary_key=True))
+moment = Table("moment", metadata, Column("time", Timestamp))
+inbox_table = inbox.table(metadata)
+idempotency_table = idempotency.table(metadata)
+
+ADD_IN_TURNS = """
+import asyncio, sys
+from sqlalchemy import select, update
+from mesh import database
+from tests.service.mesh.test_database import counter
+
+async def main():
+    async with database.opened(sys.argv[1]) as opened:
+        for _ in range(100):
+            async with opened.transaction() as connection:
+                value = await connection.scalar(select(counter.c.value))
+                await connection.execute(update(counter).values(value=value + 1))
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+async def opened(url: str) -> AsyncIterator[Database]:
+    async with database.opened(url) as opened:
+        async with opened.transaction() as connection:
+            await connection.run_sync(metadata.create_all)
+            await connection.execute(insert(counter).values(name="only", value=0))
+        yield opened
+
+
+async def count(opened: Database, table: Table) -> int:
+    async with opened.reading() as connection:
+        return await connection.scalar(select(func.count()).select_from(table)) or 0
+
+
+def modes(folder: Path) -> set[int]:
+    return {stat.S_IMODE(path.stat().st_mode) for path in folder.glob("test.db*")}
+
+
+async def test_two_processes_that_read_then_write_never_fail_nor_lose_a_write(opened: Database, url: str) -> None:
+    processes = [await asyncio.create_subprocess_exec(sys.executable, "-c", ADD_IN_TURNS, url) for _ in range(2)]
+    statuses = [await process.wait() for process in processes]
+
+    async with opened.reading() as connection:
+        value = await connection.scalar(select(counter.c.value))
+    assert (statuses, value) == ([0, 0], 200)
+
+
+async def test_tasks_of_one_process_take_turns_at_writing(opened: Database) -> None:
+    async def add() -> None:
+        async with opened.transaction() as connection:
+            value = await connection.scalar(select(counter.c.value))
+            await asyncio.sleep(0)
+            await connection.execute(update(counter).values(value=(value or 0) + 1))
+
+    await asyncio.gather(*(add() for _ in range(50)))
+
+    async with opened.reading() as connection:
+        assert await connection.scalar(select(counter.c.value)) == 50
+
+
+async def test_a_storm_of_cancelled_callers_leaves_no_lock_no_half_and_no_lost_connection(
+    opened: Database, tmp_path: Path
+) -> None:
+    async def write_pair(number: int) -> None:
+        async with opened.transaction() as connection:
+            await connection.execute(insert(pair).values(id=2 * number, left=1))
+            await connection.execute(insert(pair).values(id=2 * number + 1, left=0))
+
+    async def read() -> None:
+        await count(opened, pair)
+
+    chance = random.Random(2)
+    storm = [asyncio.create_task(write_pair(number)) for number in range(200)]
+    storm += [asyncio.create_task(read()) for _ in range(200)]
+    chance.shuffle(storm)
+    for task in storm:
+        await asyncio.sleep(chance.uniform(0, 0.002))
+        if chance.random() < 0.8:
+            task.cancel()
+    outcomes = await asyncio.gather(*storm, return_exceptions=True)
+
+    assert {type(outcome) for outcome in outcomes} == {asyncio.CancelledError, type(None)}
+    async with opened.reading() as connection:
+        lefts = await connection.scalar(select(func.sum(pair.c.left)))
+    assert await count(opened, pair) == 2 * (lefts or 0)
+    other = sqlite3.connect(tmp_path / "test.db", timeout=0, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")  # nobody holds the lock
+    other.close()
+    async with asyncio.timeout(5):  # every reader and the writer can be had, and once more
+        await asyncio.gather(*(read() for _ in range(3 * database.READERS)))
+        await write_pair(1_000)
+        await write_pair(1_001)
+
+
+async def test_a_locked_database_is_unavailable_in_our_own_words(opened: Database, tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "test.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+
+    with pytest.raises(Unavailable) as refusal:
+        async with opened.transaction():
+            pass
+
+    other.close()
+    assert "locked" not in refusal.value.message
+    assert refusal.value.retry_after_seconds == 1
+
+
+async def test_a_full_disk_is_unavailable_and_passes(opened: Database) -> None:
+    async def fill() -> None:
+        async with opened.transaction() as connection:
+            await connection.execute(text("INSERT INTO counter VALUES ('big', zeroblob(1000000))"))
+
+    async with opened.transaction() as connection:
+        # What SQLite says is the same as for a disk without room: SQLITE_FULL.
+        await connection.execute(text("PRAGMA max_page_count = 20"))
+    with pytest.raises(Unavailable):
+        await fill()
+    async with opened.transaction() as connection:
+        await connection.execute(text("PRAGMA max_page_count = 100000"))
+
+    await fill()
+
+
+async def test_a_wrong_statement_is_a_bug_and_not_an_outage(opened: Database) -> None:
+    with pytest.raises(OperationalError):
+        async with opened.transaction() as connection:
+            await connection.execute(text("SELECT * FROM missing"))
+
+
+async def test_a_reader_cannot_write(opened: Database) -> None:
+    with pytest.raises(OperationalError):
+        async with opened.reading() as connection:
+            await connection.execute(insert(counter).values(name="other", value=1))
+
+
+async def test_a_reader_sees_one_snapshot_while_others_write(opened: Database) -> None:
+    async with opened.reading() as reader:
+        before = await reader.scalar(select(counter.c.value))
+        async with opened.transaction() as writer:
+            await writer.execute(update(counter).values(value=7))
+        after = await reader.scalar(select(counter.c.value))
+
+    assert (before, after) == (0, 0)
+
+
+async def test_a_failed_block_changes_nothing(opened: Database) -> None:
+    async def fail_late() -> None:
+        async with opened.transaction() as connection:
+            await connection.execute(insert(pair).values(id=1, left=1))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fail_late()
+
+    assert await count(opened, pair) == 0
+
+
+async def test_foreign_keys_hold(opened: Database) -> None:
+    with pytest.raises(IntegrityError):
+        async with opened.transaction() as connection:
+            await connection.execute(insert(child).values(name="nobody"))
+
+
+async def test_only_the_owner_can_read_the_files(opened: Database, tmp_path: Path) -> None:
+    await count(opened, counter)
+
+    assert modes(tmp_path) == {0o600}
+
+
+async def test_commits_survive_a_loss_of_power(opened: Database) -> None:
+    async with opened.transaction() as connection:
+        settings = [await connection.scalar(text(f"PRAGMA {name}")) for name in ("journal_mode", "synchronous")]
+
+    assert settings == ["wal", 2]  # 2 is FULL
+
+
+async def test_a_time_comes_back_exactly_and_in_utc(opened: Database) -> None:
+    time = datetime(2026, 2, 3, 4, 5, 6, 789_123, tzinfo=timezone(timedelta(hours=2)))
+
+    async with opened.transaction() as connection:
+        await connection.execute(insert(moment).values(time=time))
+        kept = await connection.scalar(select(moment.c.time))
+
+    assert kept == time
+    assert kept.tzinfo is UTC
+
+
+async def test_the_databases_clock_is_the_machines(opened: Database) -> None:
+    async with opened.reading() as connection:
+        time = await database.now(connection)
+
+    assert abs(time - datetime.now(UTC)) < timedelta(seconds=5)
+
+
+async def test_an_event_is_new_once_for_each_consumer(opened: Database) -> None:
+    async with opened.transaction() as connection:
+        answers = [
+            await inbox.first_time(connection, inbox_table, consumer, "evt_1")
+            for consumer in ("quota", "quota", "mail")
+        ]
+
+    assert answers == [True, False, True]
+
+
+async def test_concurrent_creates_with_one_key_get_one_id(opened: Database) -> None:
+    async def adopt(new_id: str) -> tuple[str, bool]:
+        async with opened.transaction() as connection:
+            return await idempotency.adopt(
+                connection, idempotency_table, caller="usr_1", method="m", key="k", fingerprint=b"f", new_id=new_id
+            )
+
+    answers = await asyncio.gather(*(adopt(f"tsk_{number}") for number in range(10)))
+
+    assert len({adopted for adopted, _ in answers}) == 1
+    assert sum(fresh for _, fresh in answers) == 1
+
+
+async def test_a_key_used_for_another_request_is_refused(opened: Database) -> None:
+    key = {"caller": "usr_1", "method": "m", "key": "k", "new_id": "tsk_1"}
+    async with opened.transaction() as connection:
+        await idempotency.adopt(connection, idempotency_table, fingerprint=b"a small one", **key)
+
+    with pytest.raises(IdempotencyKeyReused) as refusal:
+        async with opened.transaction() as connection:
+            await idempotency.adopt(connection, idempotency_table, fingerprint=b"a big one", **key)
+
+    assert (refusal.value.reason, refusal.value.metadata) == ("IDEMPOTENCY_KEY_REUSED", {"request_id": "k"})
+
+
+async def test_a_forgotten_key_is_free_again(opened: Database) -> None:
+    key = {"caller": "usr_1", "method": "m", "key": "k", "fingerprint": b"f"}
+    async with opened.transaction() as connection:
+        await idempotency.adopt(connection, idempotency_table, new_id="tsk_1", **key)
+        await idempotency.forget(connection, idempotency_table, older_than=timedelta(seconds=-1))
+
+        answer = await idempotency.adopt(connection, idempotency_table, new_id="tsk_2", **key)
+
+    assert answer == ("tsk_2", True)

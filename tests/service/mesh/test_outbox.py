@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import MetaData, func, select
+
+from mesh import database, outbox
+from mesh.database import Database
+from mesh.errors import Unavailable
+from mesh.outbox import Message, MessageUnroutable, Relay
+from tests.eventually import eventually
+
+metadata = MetaData()
+table = outbox.table(metadata)
+
+DIE_AFTER_PUBLISHING = """
+import asyncio, os, sys
+from datetime import timedelta
+from mesh import database
+from mesh.outbox import Relay
+from tests.service.mesh.test_outbox import table
+
+class Broker:
+    async def publish(self, message):
+        print(message.message_id, flush=True)
+        if message.message_id == "2":
+            os.kill(os.getpid(), 9)
+
+async def main():
+    async with database.opened(sys.argv[1]) as opened:
+        await Relay(opened, table, Broker(), lease=timedelta(seconds=1)).run()
+
+asyncio.run(main())
+"""
+
+
+class Broker:
+    """Satisfies `outbox.Publisher`; `failure` is raised instead while it is set."""
+
+    def __init__(self) -> None:
+        self.published: list[str] = []
+        self.failure: Exception | None = None
+        self.unwanted: set[str] = set()
+
+    async def publish(self, message: Message) -> None:
+        await asyncio.sleep(0.001)
+        if self.failure:
+            raise self.failure
+        if message.routing_key in self.unwanted:
+            raise MessageUnroutable("nobody")
+        self.published.append(message.message_id)
+
+
+def message(message_id: str, *, subject: str = "", routing_key: str = "key") -> Message:
+    return Message("exchange", routing_key, b"body", message_id, {"a": "b"}, subject=subject)
+
+
+@asynccontextmanager
+async def background(run: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    task = asyncio.create_task(run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@pytest.fixture
+async def opened(url: str) -> AsyncIterator[Database]:
+    async with database.opened(url) as opened:
+        async with opened.transaction() as connection:
+            await connection.run_sync(metadata.create_all)
+        yield opened
+
+
+async def add(opened: Database, *messages: Message) -> None:
+    async with opened.transaction() as connection:
+        await outbox.add(connection, table, *messages)
+
+
+async def rows(opened: Database) -> int:
+    async with opened.reading() as connection:
+        return await connection.scalar(select(func.count()).select_from(table)) or 0
+
+
+async def is_empty(opened: Database) -> bool:
+    return await rows(opened) == 0
+
+
+async def test_a_message_arrives_as_it_was_added_and_its_row_goes(opened: Database) -> None:
+    seen: list[Message] = []
+
+    class Recorder:
+        async def publish(self, message: Message) -> None:
+            seen.append(message)
+
+    await add(opened, message("1", subject="tsk_1"))
+    async with background(Relay(opened, table, Recorder()).run):
+        await eventually(lambda: is_empty(opened))
+
+    assert seen == [message("1", subject="tsk_1")]
+
+
+async def test_a_woken_relay_does_not_wait_for_its_next_look(opened: Database) -> None:
+    broker = Broker()
+    relay = Relay(opened, table, broker)
+    async with background(relay.run):
+        await asyncio.sleep(0.2)  # it has looked and found nothing
+
+        await add(opened, message("1"))
+        relay.wake()
+
+        await eventually(lambda: broker.published == ["1"], within_seconds=outbox.POLL_SECONDS / 2)
+
+
+async def test_a_failed_transaction_sends_nothing(opened: Database) -> None:
+    broker = Broker()
+
+    async def fail_late() -> None:
+        async with opened.transaction() as connection:
+            await outbox.add(connection, table, message("never"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fail_late()
+    await add(opened, message("1"))
+    async with background(Relay(opened, table, broker).run):
+        await eventually(lambda: is_empty(opened))
+
+    assert broker.published == ["1"]
+
+
+async def test_two_replicas_send_each_message_once_and_keep_the_order_of_a_subject(opened: Database, url: str) -> None:
+    broker = Broker()
+    subjects = ["tsk_1", "tsk_2", "tsk_3"]
+    async with database.opened(url) as other:
+        relays = [Relay(opened, table, broker), Relay(other, table, broker)]
+        async with background(relays[0].run), background(relays[1].run):
+            for number in range(100):
+                await add(opened, *(message(f"{subject}/{number:03d}", subject=subject) for subject in subjects))
+                for relay in relays:
+                    relay.wake()
+            await eventually(lambda: is_empty(opened), within_seconds=20)
+
+    for subject in subjects:
+        assert [sent for sent in broker.published if sent.startswith(subject)] == [
+            f"{subject}/{number:03d}" for number in range(100)
+        ]
+
+
+async def test_nothing_is_lost_while_the_broker_is_away(opened: Database) -> None:
+    broker = Broker()
+    broker.failure = Unavailable("away")
+    async with background(Relay(opened, table, broker).run):
+        await add(opened, *(message(str(number), subject="tsk_1") for number in range(5)))
+        await asyncio.sleep(0.5)
+        broker.failure = None
+        await eventually(lambda: is_empty(opened), within_seconds=10)
+
+    assert broker.published == ["0", "1", "2", "3", "4"]
+
+
+async def test_a_message_that_nobody_takes_yet_holds_up_only_its_own_subject(opened: Database) -> None:
+    broker = Broker()
+    broker.unwanted = {"new"}
+    await add(
+        opened,
+        message("1", subject="tsk_1", routing_key="new"),
+        message("2", subject="tsk_1"),
+        message("3", subject="tsk_2"),
+    )
+    async with background(Relay(opened, table, broker, lease=timedelta(seconds=1)).run):
+        await eventually(lambda: broker.published == ["3"])
+        broker.unwanted = set()
+        await eventually(lambda: is_empty(opened))
+
+    assert broker.published == ["3", "1", "2"]
+
+
+async def test_a_stopped_relay_leaves_no_message_claimed(opened: Database) -> None:
+    stuck = asyncio.Event()
+
+    class Hanging:
+        async def publish(self, message: Message) -> None:
+            stuck.set()
+            await asyncio.Event().wait()
+
+    await add(opened, message("1"))
+    async with background(Relay(opened, table, Hanging()).run):
+        await stuck.wait()
+    broker = Broker()
+    async with background(Relay(opened, table, broker).run):
+        await eventually(lambda: broker.published == ["1"], within_seconds=1)
+
+
+async def test_a_relay_killed_between_publishing_and_deleting_means_a_duplicate_and_no_loss(
+    opened: Database, url: str
+) -> None:
+    await add(opened, *(message(str(number), subject="tsk_1") for number in range(1, 5)))
+
+    killed = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", DIE_AFTER_PUBLISHING, url, stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await killed.communicate()
+    broker = Broker()
+    async with background(Relay(opened, table, broker).run):
+        await eventually(lambda: is_empty(opened))
+
+    assert (killed.returncode, output.split()) == (-9, [b"1", b"2"])
+    assert broker.published == ["1", "2", "3", "4"]

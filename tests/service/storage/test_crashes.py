@@ -1,0 +1,204 @@
+"""A process that ends at any line, and others that work meanwhile, leave rows, bytes and quota in agreement."""
+
+import asyncio
+import hashlib
+from itertools import count
+
+import pytest
+
+from mesh import database, ids
+from services.storage.domain import NewFile, UploadUndone
+from services.storage.keeping import Keeping
+from services.storage.repository import SqlFiles
+from services.storage.signatures import detected_type
+from services.storage.upkeep import Upkeep
+
+BODY = b"hello"
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+class Crash(BaseException):
+    """The end of a process: nothing of ours catches it."""
+
+
+class Crashing:
+    """A port whose process ends before or after its nth call; `steps` is shared by all ports of a process."""
+
+    def __init__(self, port, steps, at: int) -> None:
+        self._port, self._steps, self._at = port, steps, at
+
+    def __getattr__(self, name):
+        inner = getattr(self._port, name)
+        if not asyncio.iscoroutinefunction(inner):
+            return inner
+
+        async def call(*arguments):
+            if next(self._steps) == self._at:
+                raise Crash
+            answer = await inner(*arguments)
+            if next(self._steps) == self._at:
+                raise Crash
+            return answer
+
+        return call
+
+
+def crashing(world, at: int) -> Keeping:
+    steps = count()
+    ports = (world.files, world.blobs, world.quota, world.judge)
+    return Keeping(*(Crashing(port, steps, at) for port in ports))
+
+
+async def chunks():
+    yield BODY
+
+
+def upload(file_id: str = "", **result) -> NewFile:
+    return NewFile(
+        file_id=file_id or ids.new("fil"), user_id="usr_ann", name="a.txt", content_type=detected_type(BODY),
+        size_bytes=len(BODY), sha256=SHA256, **result,
+    )  # fmt: skip
+
+
+async def keep(keeping: Keeping, world, new: NewFile, request_id: str = ""):
+    async with world.blobs.received(chunks(), 100) as incoming:
+        return await keeping.keep(new, incoming, request_id)
+
+
+async def tidied(world) -> None:
+    await world.age()
+    await world.upkeep.tend()
+    await world.upkeep.sweep()
+
+
+async def in_agreement(world) -> bool:
+    """Every row is ready, its bytes are there, it is charged; and there is nothing else."""
+    rows = await world.rows()
+    return world.contents() == set(rows.values()) and set(world.users.used) == set(rows)
+
+
+# Five calls, each with a before and an after: begin, reserve, keep, settle, finish.
+@pytest.mark.parametrize("at", range(10))
+@pytest.mark.parametrize("result", [{}, {"task_id": "tsk_1", "attempt": 1}])
+async def test_an_upload_that_crashes_anywhere_is_tidied_up(world, at, result):
+    with pytest.raises(Crash):
+        await keep(crashing(world, at), world, upload(**result), "" if result else "k1")
+
+    await tidied(world)
+
+    assert await in_agreement(world)
+
+
+@pytest.mark.parametrize("at", range(10))
+@pytest.mark.parametrize("result", [{}, {"task_id": "tsk_1", "attempt": 1}])
+async def test_an_upload_that_crashed_anywhere_is_finished_by_its_repetition(world, at, result):
+    request_id = "" if result else "k1"
+    with pytest.raises(Crash):
+        await keep(crashing(world, at), world, upload(**result), request_id)
+
+    kept = await keep(world.keeping, world, upload(**result), request_id)
+
+    assert await world.rows() == {kept.file_id: SHA256}
+    assert await in_agreement(world)
+
+
+# Row away, then unused bytes away, then quota back and the debt paid: four calls.
+@pytest.mark.parametrize("at", range(8))
+async def test_a_delete_that_crashes_anywhere_is_tidied_up(world, at):
+    kept = await keep(world.keeping, world, upload())
+    with pytest.raises(Crash):
+        await crashing(world, at).delete("usr_ann", kept.file_id)
+
+    await tidied(world)
+
+    assert await in_agreement(world)
+
+
+async def test_the_last_step_of_a_delete_is_known(world):
+    kept = await keep(world.keeping, world, upload())
+
+    await crashing(world, 8).delete("usr_ann", kept.file_id)
+
+    assert (await world.rows(), world.contents(), world.users.used) == ({}, set(), {})
+
+
+async def test_an_upload_given_up_by_another_replica_is_told_so_and_leaves_nothing(world):
+    class Slow(Crashing):
+        async def keep(self, incoming):
+            await world.blobs.keep(incoming)
+            await tidied(world)
+
+    slow = Keeping(world.files, Slow(world.blobs, count(), -1), world.quota, world.judge)
+
+    with pytest.raises(UploadUndone) as refusal:
+        await keep(slow, world, upload())
+
+    await tidied(world)
+    assert (refusal.value.code, refusal.value.reason) == ("ABORTED", "UPLOAD_UNDONE")
+    assert (await world.rows(), world.contents(), world.users.used) == ({}, set(), {})
+
+
+async def test_bytes_under_removal_hold_an_upload_of_the_same_bytes_back(world):
+    async with database.opened(world.url) as other_replica:
+        async with world.files.unused(SHA256) as unused:
+            begins = asyncio.create_task(SqlFiles(other_replica).begin(upload(), ""))
+            begun, _ = await asyncio.wait({begins}, timeout=0.3)
+            await world.blobs.remove(SHA256)
+        await begins
+
+    assert unused
+    assert not begun
+
+
+async def test_deletes_and_uploads_of_the_same_bytes_at_once_never_lose_a_live_file(world):
+    async with database.opened(world.url) as sql:
+        replica = Keeping(SqlFiles(sql), world.blobs, world.quota, world.judge)
+        doomed = await keep(world.keeping, world, upload())
+        for _ in range(30):
+            _, kept = await asyncio.gather(
+                world.keeping.delete("usr_ann", doomed.file_id), keep(replica, world, upload())
+            )
+            read = await world.blobs.read(SHA256, 0, len(BODY))
+            assert b"".join([chunk async for chunk in read]) == BODY
+            doomed = kept
+
+    assert await in_agreement(world)
+
+
+async def test_several_replicas_tidy_up_at_once(world):
+    with pytest.raises(Crash):
+        await keep(crashing(world, 4), world, upload())
+    kept = await keep(world.keeping, world, upload())
+    await world.age()
+    async with database.opened(world.url) as sql:
+        files = SqlFiles(sql)
+        replica = Upkeep(files, world.blobs, Keeping(files, world.blobs, world.quota, world.judge))
+
+        await asyncio.gather(world.upkeep.tend(), replica.tend(), world.upkeep.sweep(), replica.sweep())
+
+    assert await world.rows() == {kept.file_id: SHA256}
+    assert await in_agreement(world)
+
+
+async def test_a_sweep_removes_bytes_that_no_row_has_and_no_others(world):
+    kept = await keep(world.keeping, world, upload())
+    async with world.blobs.received(_other(), 100) as incoming:
+        await world.blobs.keep(incoming)
+    await world.age()
+
+    await world.upkeep.sweep()
+
+    assert world.contents() == {kept.sha256}
+
+
+async def _other():
+    yield b"other"
+
+
+async def test_a_sweep_leaves_young_bytes_to_the_upload_that_brings_them(world):
+    async with world.blobs.received(_other(), 100) as incoming:
+        await world.blobs.keep(incoming)
+
+    await world.upkeep.sweep()
+
+    assert len(world.contents()) == 1

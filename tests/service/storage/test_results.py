@@ -1,0 +1,193 @@
+import pytest
+from atelier.storage.v1 import storage_pb2
+from atelier.task.v1 import events_pb2, task_pb2
+
+from mesh.broker import Delivery
+from mesh.errors import FailedPrecondition, NotFound, PermissionDenied
+from services.storage.consumers import BINDINGS, TaskEvents
+from tests.service.storage.world import granted
+
+PATH = "/internal/v1/results"
+
+
+def succeeded(*file_ids: str) -> Delivery:
+    event = events_pb2.TaskSucceeded(task_id="tsk_1", user_id="usr_ann", output_file_ids=file_ids)
+    return Delivery(body=event.SerializeToString(), type=BINDINGS[0], message_id="evt_1", headers={})
+
+
+def standing(state: str, attempt: int = 1, *file_ids: str) -> task_pb2.LookupTaskResponse:
+    return task_pb2.LookupTaskResponse(
+        state=task_pb2.Task.State.Value(f"STATE_{state}"), attempt=attempt, output_file_ids=file_ids
+    )
+
+
+async def write(world, body: bytes = b"result", attempt: int = 1, **claims):
+    async with world.worker(attempt, **claims) as http:
+        return await http.post(PATH, params={"name": "out.txt"}, content=body)
+
+
+async def listed(world) -> list[str]:
+    return [file.file_id for file in (await world.stub().ListFiles(storage_pb2.ListFilesRequest())).files]
+
+
+async def test_a_result_is_its_owners_at_once_and_listed_when_the_task_took_it(world):
+    result = (await write(world)).json()
+    found = await world.stub().GetFile(storage_pb2.GetFileRequest(file_id=result["fileId"]))
+    before = await listed(world)
+
+    await TaskEvents(world.files).take(succeeded(result["fileId"]))
+
+    assert (found.task_id, found.size_bytes) == ("tsk_1", 6)
+    assert (before, await listed(world)) == ([], [result["fileId"]])
+    assert world.users.used == {result["fileId"]: 6}
+
+
+async def test_a_result_written_again_answers_the_first_file_and_is_charged_once(world):
+    first = (await write(world)).json()
+
+    again = (await write(world, b"encoded differently")).json()
+
+    assert again == first
+    assert world.users.used == {first["fileId"]: 6}
+    assert world.contents() == {first["sha256"]}
+
+
+async def test_each_attempt_has_a_result_of_its_own(world):
+    first = (await write(world, attempt=1)).json()
+
+    second = (await write(world, attempt=2)).json()
+
+    assert second["fileId"] != first["fileId"]
+
+
+async def test_a_result_larger_than_its_capability_allows_is_refused(world):
+    refusal = await write(world, b"result", max_bytes=5)
+
+    assert (refusal.status_code, refusal.json()["details"][0]["reason"]) == (413, "FILE_TOO_LARGE")
+    assert refusal.json()["details"][0]["metadata"] == {"limit_bytes": "5"}
+    assert (await world.rows(), world.contents()) == ({}, set())
+
+
+async def test_a_forged_capability_is_refused(world):
+    refusal = await write(world, key="1" * 64)
+
+    assert (refusal.status_code, refusal.json()["details"][0]["reason"]) == (403, "CAPABILITY_INVALID")
+
+
+async def test_only_the_worker_may_write_results_even_with_a_capability(world):
+    async with world.http(None, "media", **{"x-atelier-capability": granted()}) as http:
+        refusal = await http.post(PATH, params={"name": "a"}, content=b"result")
+
+    assert (refusal.status_code, refusal.json()["details"][0]["metadata"]["caller"]) == (403, "media")
+
+
+async def test_a_worker_reads_the_inputs_that_its_capability_names_and_no_others(world):
+    named = (await world.upload(b"input")).json()["fileId"]
+    other = (await world.upload(b"other")).json()["fileId"]
+
+    async with world.worker(inputs=(named,)) as http:
+        read = await http.get(f"/internal/v1/inputs/{named}")
+        refusal = await http.get(f"/internal/v1/inputs/{other}")
+
+    assert read.content == b"input"
+    assert (refusal.status_code, refusal.json()["details"][0]["reason"]) == (403, "CAPABILITY_INVALID")
+    assert refusal.json()["details"][0]["metadata"] == {"file_id": other}
+
+
+async def test_a_discarded_result_is_gone_with_its_bytes_and_its_charge(world):
+    await write(world)
+    stub = world.stub(None, caller="media-worker")
+
+    await stub.DiscardResult(storage_pb2.DiscardResultRequest(capability=granted()))
+    await stub.DiscardResult(storage_pb2.DiscardResultRequest(capability=granted()))
+
+    assert (await world.rows(), world.contents(), world.users.used) == ({}, set(), {})
+
+
+async def test_a_result_that_the_task_took_is_not_discarded_though_the_event_is_late(world):
+    result = (await write(world)).json()
+    world.tasks.known["tsk_1"] = standing("SUCCEEDED", 1, result["fileId"])
+
+    with pytest.raises(FailedPrecondition) as refusal:
+        await world.stub(None, caller="media-worker").DiscardResult(
+            storage_pb2.DiscardResultRequest(capability=granted())
+        )
+
+    assert refusal.value.reason == "RESULT_IN_USE"
+    assert refusal.value.metadata == {"file_id": result["fileId"]}
+
+
+async def test_a_discard_needs_the_capability_of_that_attempt(world):
+    with pytest.raises(PermissionDenied) as refusal:
+        await world.stub(None, caller="media-worker").DiscardResult(
+            storage_pb2.DiscardResultRequest(capability=granted(key="1" * 64))
+        )
+
+    assert refusal.value.reason == "CAPABILITY_INVALID"
+
+
+async def test_a_fresh_result_may_be_the_next_tasks_input_before_the_event_arrives(world):
+    result = (await write(world)).json()
+    world.tasks.known["tsk_1"] = standing("SUCCEEDED", 1, result["fileId"])
+
+    found = await world.stub(None, caller="task").StatFile(
+        storage_pb2.StatFileRequest(file_id=result["fileId"], user_id="usr_ann")
+    )
+
+    assert found.file_id == result["fileId"]
+    assert await listed(world) == [result["fileId"]]
+
+
+async def test_a_result_that_no_task_took_is_no_input(world):
+    result = (await write(world)).json()
+    world.tasks.known["tsk_1"] = standing("RUNNING")
+
+    with pytest.raises(NotFound) as refusal:
+        await world.stub(None, caller="task").StatFile(
+            storage_pb2.StatFileRequest(file_id=result["fileId"], user_id="usr_ann")
+        )
+
+    assert refusal.value.metadata == {"file_id": result["fileId"]}
+
+
+async def test_a_result_whose_event_was_lost_is_confirmed_by_asking(world):
+    result = (await write(world)).json()
+    world.tasks.known["tsk_1"] = standing("SUCCEEDED", 1, result["fileId"])
+    await world.age()
+
+    await world.upkeep.tend()
+
+    assert await listed(world) == [result["fileId"]]
+
+
+@pytest.mark.parametrize(
+    "task", [None, standing("FAILED"), standing("CANCELLED"), standing("SUCCEEDED", 2, "fil_2"), standing("RUNNING", 2)]
+)
+async def test_a_result_that_its_task_will_never_take_is_removed(world, task):
+    await write(world)
+    if task is not None:
+        world.tasks.known["tsk_1"] = task
+    await world.age()
+
+    await world.upkeep.tend()
+
+    assert (await world.rows(), world.contents(), world.users.used) == ({}, set(), {})
+
+
+async def test_a_result_whose_task_still_works_is_left_alone(world):
+    result = (await write(world)).json()
+    world.tasks.known["tsk_1"] = standing("RUNNING")
+    await world.age()
+
+    await world.upkeep.tend()
+
+    assert await world.rows() == {result["fileId"]: result["sha256"]}
+    assert world.users.used == {result["fileId"]: 6}
+
+
+async def test_a_young_result_is_not_asked_about(world):
+    result = (await write(world)).json()
+
+    await world.upkeep.tend()
+
+    assert await world.rows() == {result["fileId"]: result["sha256"]}

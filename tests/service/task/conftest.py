@@ -1,0 +1,266 @@
+"""A task service on a real server and a real database, with peers that do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from atelier.media.v1 import media_pb2
+from atelier.storage.v1 import storage_pb2, storage_pb2_grpc
+from atelier.task.v1 import task_pb2 as pb
+from atelier.task.v1.task_pb2_grpc import TaskServiceStub, add_TaskServiceServicer_to_server
+from atelier.user.v1 import user_pb2, user_pb2_grpc
+
+from mesh import database, migrations
+from mesh.errors import MeshError, NotFound, ResourceExhausted
+from mesh.outbox import Message
+from services.task import convert
+from services.task.domain import Terms
+from services.task.handlers import TaskService
+from services.task.repository import SqlTasks
+from services.task.tables import outbox_table
+from services.task.watch import Watches
+from tests.eventually import eventually
+from tests.held_clock import HeldClock
+from tests.mesh_server import Server, serving
+
+KEY = "c" * 64
+OWNER, STRANGER = "usr_1", "usr_2"
+PHOTO, MARK, TEXT = "fil_photo", "fil_mark", "fil_text"
+BRISK = Terms(lease=timedelta(milliseconds=200), slack=timedelta(milliseconds=50), backoff=timedelta(milliseconds=20))
+
+
+class FileNotFound(NotFound):
+    reason = "FILE_NOT_FOUND"
+
+
+class QuotaExceeded(ResourceExhausted):
+    reason = "QUOTA_EXCEEDED"
+
+
+class Storage(storage_pb2_grpc.StorageServiceServicer):
+    """Knows three files of OWNER."""
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+
+    async def StatFile(self, request, _):
+        if self.failure:
+            raise self.failure
+        types = {PHOTO: "image/jpeg", MARK: "image/png", TEXT: "text/plain"}
+        if request.user_id != OWNER or request.file_id not in types:
+            raise FileNotFound(f"There is no file {request.file_id}.", metadata={"file_id": request.file_id})
+        return storage_pb2.File(file_id=request.file_id, content_type=types[request.file_id])
+
+
+class Users(user_pb2_grpc.UserServiceServicer):
+    """Sets aside up to `limit` tasks."""
+
+    def __init__(self) -> None:
+        self.limit = 1000
+        self.reserved: set[str] = set()
+        self.failure: Exception | None = None
+        self.takes: Callable[[], None] = lambda: None
+
+    async def ReserveQuota(self, request, _):
+        if len(self.reserved | {request.reservation_id}) > self.limit:
+            raise QuotaExceeded("All used.", metadata={"metric": "tasks", "limit": str(self.limit)})
+        self.reserved.add(request.reservation_id)
+        self.takes()
+        if self.failure:  # after it took effect: the answer is what was lost
+            raise self.failure
+        return user_pb2.Reservation(reservation_id=request.reservation_id, state=user_pb2.Reservation.STATE_HELD)
+
+
+class Bus:
+    """A broker between the replicas of a test."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self.waiting: list[Message] = []
+        self._listeners: list[asyncio.Queue[bytes]] = []
+
+    async def broadcast(self, _name: str, body: bytes) -> None:
+        for listener in [] if self.away else self._listeners:
+            listener.put_nowait(body)
+
+    async def listen(self, _name: str) -> AsyncIterator[bytes]:
+        listener: asyncio.Queue[bytes] = asyncio.Queue()
+        self._listeners.append(listener)
+        while True:
+            yield await listener.get()
+
+    async def depth(self, queue: str) -> int:
+        return sum(message.routing_key == queue for message in self.waiting)
+
+    async def publish(self, message: Message) -> None:
+        self.waiting.append(message)
+
+
+class Interrupted(SqlTasks):
+    """Crashes once, at the step that `crash_at` names."""
+
+    crash_at = ""
+
+    def _reach(self, step: str) -> None:
+        if self.crash_at == step:
+            self.crash_at = ""
+            raise RuntimeError(f"crashed: {step}")
+
+    async def adopt(self, *arguments: Any) -> str:
+        self._reach("before the key")
+        task_id = await super().adopt(*arguments)
+        self._reach("after the key")
+        return task_id
+
+    async def add(self, task_id: str, created: Callable[[datetime], Any]) -> Any:
+        self._reach("before the transaction")
+
+        def interrupted(now: datetime) -> Any:
+            change = created(now)
+            self._reach("inside the transaction")
+            return change
+
+        task = await super().add(task_id, interrupted)
+        self._reach("after the commit")
+        return task
+
+
+@dataclass
+class Replica:
+    """One process of the service, and who calls it."""
+
+    server: Server
+    tasks: Interrupted
+    database: database.Database
+    clock: HeldClock
+
+    def user(self, user_id: str = OWNER, **metadata: str) -> Any:
+        return TaskServiceStub(
+            self.server.channel(user=user_id, metadata={key.replace("_", "-"): text for key, text in metadata.items()})
+        )
+
+    @property
+    def worker(self) -> Any:
+        return TaskServiceStub(self.server.channel(caller="media-worker"))
+
+    def service(self, name: str) -> Any:
+        return TaskServiceStub(self.server.channel(caller=name))
+
+    async def create(self, **fields: Any) -> pb.Task:
+        return await self.user().CreateTask(resize(**fields))
+
+    async def claim(self) -> pb.ClaimTaskResponse.Assignment | None:
+        answer = await self.worker.ClaimTask(pb.ClaimTaskRequest(pool="cpu", worker_id="worker-1"))
+        return answer.assignment if answer.HasField("assignment") else None
+
+    async def claimed(self) -> pb.Task:
+        """Return the next task once it is due."""
+        assignment = await eventually(self.claim)
+        return assignment.task
+
+    async def complete(self, task: pb.Task, file_id: str = "fil_result") -> None:
+        await self.worker.CompleteTask(
+            pb.CompleteTaskRequest(task_id=task.task_id, attempt=task.attempt, output_file_ids=[file_id])
+        )
+
+    async def fail(self, task: pb.Task, **how: bool) -> pb.Task.State:
+        error = pb.Task.Error(code=3, message="The image is damaged.", reason="INPUT_DAMAGED")
+        request = pb.FailTaskRequest(task_id=task.task_id, attempt=task.attempt, error=error, **how)
+        return (await self.worker.FailTask(request)).state
+
+    async def sent(self) -> list[Message]:
+        """Return what is in the outbox."""
+        async with self.database.reading() as connection:
+            rows = await connection.execute(outbox_table.select().order_by(outbox_table.c.position))
+            return [Message(row.exchange, row.routing_key, row.body, row.message_id) for row in rows]
+
+
+Start = Callable[..., Awaitable[Replica]]
+
+
+def resize(*, file_id: str = PHOTO, width: int = 800, request_id: str = "") -> pb.CreateTaskRequest:
+    operation = media_pb2.Operation(resize=media_pb2.Resize(width=width))
+    return pb.CreateTaskRequest(input_file_id=file_id, operation=operation, request_id=request_id)
+
+
+async def refused(call: Awaitable[Any]) -> MeshError:
+    """Return what a call is refused with."""
+    with pytest.raises(MeshError) as refusal:
+        await call
+    return refusal.value
+
+
+@pytest.fixture
+def storage() -> Storage:
+    return Storage()
+
+
+@pytest.fixture
+def users() -> Users:
+    return Users()
+
+
+@pytest.fixture
+def bus() -> Bus:
+    return Bus()
+
+
+@pytest.fixture
+async def start(tmp_path: Path, storage: Storage, users: Users, bus: Bus) -> AsyncIterator[Start]:
+    """Start any number of replicas over one database."""
+    url = f"sqlite+aiosqlite:///{tmp_path}/task.db"
+    await migrations.upgrade("task", url)
+    async with AsyncExitStack() as stack:
+
+        async def start(terms: Terms = BRISK, idle_seconds: float = 15.0) -> Replica:
+            return await stack.enter_async_context(_replica(url, storage, users, bus, terms, idle_seconds))
+
+        yield start
+
+
+@pytest.fixture
+async def replica(start: Start) -> Replica:
+    return await start()
+
+
+def _replica(
+    url: str, storage: Storage, users: Users, bus: Bus, terms: Terms, idle_seconds: float
+) -> AbstractAsyncContextManager[Replica]:
+    @asynccontextmanager
+    async def running() -> AsyncIterator[Replica]:
+        async with (
+            database.opened(url) as sql,
+            serving(
+                partial(storage_pb2_grpc.add_StorageServiceServicer_to_server, storage),
+                partial(user_pb2_grpc.add_UserServiceServicer_to_server, users),
+            ) as peers,
+        ):
+            clock, tasks = HeldClock(), Interrupted(sql, convert.message_of)
+            watches = Watches(tasks, clock, idle_seconds=idle_seconds)
+            tasks.after_commit(watches.changed)
+            peer = peers.channel(caller="task")
+            servicer = TaskService(
+                tasks,
+                watches,
+                storage_pb2_grpc.StorageServiceStub(peer),
+                user_pb2_grpc.UserServiceStub(peer),
+                capability_key=KEY,
+                terms=lambda: terms,
+                clock=clock,
+            )
+            work = [asyncio.create_task(each()) for each in watches.work(bus)]
+            async with serving(partial(add_TaskServiceServicer_to_server, servicer)) as server:
+                yield Replica(server, tasks, sql, clock)
+            for each in work:
+                each.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+
+    return running()

@@ -1,0 +1,96 @@
+"""GetTask, ListTasks, ListTaskEvents: one's own tasks, newest first, and nobody else's."""
+
+import pytest
+from atelier.task.v1 import task_pb2 as pb
+from sqlalchemy import text
+
+from services.task.tables import QUEUED, RUNNING
+from tests.service.task.conftest import OWNER, STRANGER, Replica, refused
+
+
+async def test_pages_are_complete_in_order_and_end(replica: Replica):
+    created = [(await replica.create()).task_id for _ in range(5)]
+
+    seen, token = [], ""
+    for _ in range(3):
+        page = await replica.user().ListTasks(pb.ListTasksRequest(page_size=2, page_token=token))
+        seen += [task.task_id for task in page.tasks]
+        token = page.next_page_token
+
+    assert seen == created[::-1]
+    assert token == ""
+
+
+async def test_a_full_last_page_has_no_next(replica: Replica):
+    for _ in range(2):
+        await replica.create()
+
+    page = await replica.user().ListTasks(pb.ListTasksRequest(page_size=2))
+
+    assert (len(page.tasks), page.next_page_token) == (2, "")
+
+
+async def test_a_list_can_be_limited_to_a_state(replica: Replica):
+    first, second = await replica.create(), await replica.create()
+    await replica.user().CancelTask(pb.CancelTaskRequest(task_id=first.task_id))
+
+    for state, expected in ((pb.Task.STATE_CANCELLED, first), (pb.Task.STATE_QUEUED, second)):
+        page = await replica.user().ListTasks(pb.ListTasksRequest(state=state))
+        assert [task.task_id for task in page.tasks] == [expected.task_id]
+
+
+async def test_a_strangers_list_is_empty(replica: Replica):
+    await replica.create()
+
+    assert not (await replica.user(STRANGER).ListTasks(pb.ListTasksRequest())).tasks
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (pb.ListTasksRequest(page_token="rubbish"), "PAGE_TOKEN_MALFORMED"),
+        (pb.ListTasksRequest(state=77), "FIELD_OUT_OF_RANGE"),
+    ],
+)
+async def test_a_list_that_makes_no_sense_is_refused(replica: Replica, request_: pb.ListTasksRequest, reason: str):
+    refusal = await refused(replica.user().ListTasks(request_))
+
+    assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", reason)
+
+
+async def test_anothers_task_is_not_found_exactly_as_a_missing_one(replica: Replica):
+    task = await replica.create()
+
+    for task_id in (task.task_id, "tsk_none"):
+        stub = replica.user(STRANGER)
+        for call in (
+            stub.GetTask(pb.GetTaskRequest(task_id=task_id)),
+            stub.CancelTask(pb.CancelTaskRequest(task_id=task_id)),
+            stub.RetryTask(pb.RetryTaskRequest(task_id=task_id)),
+            stub.ListTaskEvents(pb.ListTaskEventsRequest(task_id=task_id)),
+        ):
+            refusal = await refused(call)
+            assert (refusal.code, refusal.reason, refusal.metadata) == (
+                "NOT_FOUND",
+                "TASK_NOT_FOUND",
+                {"task_id": task_id},
+            )
+
+
+async def test_every_search_of_many_tasks_uses_an_index(replica: Replica):
+    searches = {
+        f"SELECT * FROM task WHERE user_id = '{OWNER}' ORDER BY create_time DESC, task_id DESC": "task_by_user",
+        f"SELECT * FROM task WHERE user_id = '{OWNER}' AND state = 'QUEUED' ORDER BY create_time DESC, task_id DESC": (
+            "task_by_user_and_state"
+        ),
+        f"SELECT * FROM task WHERE user_id = '{OWNER}' AND (create_time, task_id) < (9, 'x')"
+        " ORDER BY create_time DESC, task_id DESC": "task_by_user",
+        f"SELECT * FROM task WHERE {QUEUED} AND pool = 'cpu' AND due_time < 1 ORDER BY due_time, task_id": "task_queue",
+        f"SELECT task_id FROM task WHERE {RUNNING} AND lease_time < 1 ORDER BY lease_time": "task_leases",
+    }
+
+    async with replica.database.reading() as connection:
+        for search, index in searches.items():
+            plan = " ".join(row.detail for row in await connection.execute(text(f"EXPLAIN QUERY PLAN {search}")))
+            assert f"USING INDEX {index} " in plan or f"USING COVERING INDEX {index} " in plan, plan
+            assert "TEMP B-TREE" not in plan

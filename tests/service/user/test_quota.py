@@ -1,0 +1,311 @@
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from atelier.task.v1 import events_pb2, task_pb2
+from atelier.user.v1 import user_pb2 as pb
+
+from mesh.broker import Delivery
+from mesh.errors import FailedPrecondition, MeshError, NotFound, PermissionDenied, ResourceExhausted, Unavailable
+from services.user.domain import Kind
+
+HELD, BOUND = pb.Reservation.STATE_HELD, pb.Reservation.STATE_BOUND
+SETTLED, RELEASED = pb.Reservation.STATE_SETTLED, pb.Reservation.STATE_RELEASED
+
+
+def counts(metric):
+    return metric.used, metric.reserved
+
+
+async def limited(home, user, **limits):
+    return await home.stub("usr_admin", "ROLE_ADMIN").SetLimits(pb.SetLimitsRequest(user_id=user.user_id, **limits))
+
+
+async def tell(home, kind, reservation_id, event_id):
+    event = kind(task_id=reservation_id.partition("/")[0], user_id="usr_1", reservation_id=reservation_id)
+    await home.events.take(
+        Delivery(body=event.SerializeToString(), type=event.DESCRIPTOR.full_name, message_id=event_id, headers={})
+    )
+
+
+async def settle(home, reservation_id):
+    return await home.stub(caller="storage").SettleQuota(pb.SettleQuotaRequest(reservation_id=reservation_id))
+
+
+async def release(home, reservation_id, caller="storage"):
+    await home.stub(caller=caller).ReleaseQuota(pb.ReleaseQuotaRequest(reservation_id=reservation_id))
+
+
+async def test_of_a_thousand_parallel_calls_the_limit_s_hundred_pass(home):
+    ada = await home.registered()
+
+    async def attempt(number):
+        try:
+            await home.quotas.reserve(f"tsk_{number}/1", ada.user_id, Kind.TASKS, 1, home.clock.now())
+        except MeshError as refusal:
+            return refusal.reason
+        return "passed"
+
+    outcomes = await asyncio.gather(*(attempt(number) for number in range(1000)))
+
+    assert outcomes.count("passed") == 100
+    assert outcomes.count("QUOTA_EXCEEDED") == 900
+    assert counts((await home.quota(ada.user_id)).tasks) == (0, 100)
+
+
+async def test_parallel_calls_on_the_wire_pass_the_limit_s_number(home):
+    ada = await home.registered()
+    await limited(home, ada, tasks=10)
+
+    outcomes = await asyncio.gather(
+        *(home.reserve(ada.user_id, f"tsk_{number}/1") for number in range(50)), return_exceptions=True
+    )
+
+    assert sum(isinstance(outcome, pb.Reservation) for outcome in outcomes) == 10
+    assert {outcome.reason for outcome in outcomes if isinstance(outcome, MeshError)} == {"QUOTA_EXCEEDED"}
+
+
+async def test_a_refusal_says_what_is_used_and_when_to_come_back(home):
+    ada = await home.registered()
+    await limited(home, ada, tasks=5)
+    await home.reserve(ada.user_id, "tsk_1/1", 3)
+
+    with pytest.raises(ResourceExhausted) as refusal:
+        await home.reserve(ada.user_id, "tsk_2/1", 3)
+
+    assert refusal.value.reason == "QUOTA_EXCEEDED"
+    assert refusal.value.metadata == {"metric": "tasks", "limit": "5", "used": "3", "requested": "3"}
+    assert refusal.value.retry_after_seconds == timedelta(days=1, hours=12).total_seconds()
+
+
+async def test_one_reservation_at_once_many_times_is_one(home):
+    ada = await home.registered()
+
+    answers = await asyncio.gather(*(home.reserve(ada.user_id, "tsk_1/1") for _ in range(20)))
+
+    assert {answer.state for answer in answers} == {HELD}
+    assert counts((await home.quota(ada.user_id)).tasks) == (0, 1)
+
+
+async def test_nobody_s_quota_cannot_be_reserved(home):
+    with pytest.raises(NotFound) as refusal:
+        await home.reserve("usr_none", "tsk_1/1")
+
+    assert (refusal.value.reason, refusal.value.metadata["user_id"]) == ("USER_NOT_FOUND", "usr_none")
+
+
+async def test_only_task_and_storage_reserve(home):
+    ada = await home.registered()
+
+    with pytest.raises(PermissionDenied) as refusal:
+        await home.stub(caller="media").ReserveQuota(
+            pb.ReserveQuotaRequest(reservation_id="x", user_id=ada.user_id, kind=1, amount=1)
+        )
+
+    assert refusal.value.metadata["caller"] == "media"
+
+
+async def test_stored_bytes_are_charged_and_given_back_when_deleted(home):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "fil_1", 500, storage=True)
+
+    assert (await settle(home, "fil_1")).state == SETTLED
+    assert counts((await home.quota(ada.user_id)).storage_bytes) == (500, 0)
+    await release(home, "fil_1")
+    await release(home, "fil_1")
+    assert counts((await home.quota(ada.user_id)).storage_bytes) == (0, 0)
+
+
+async def test_settling_again_changes_nothing(home):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "fil_1", 500, storage=True)
+
+    await asyncio.gather(*(settle(home, "fil_1") for _ in range(5)))
+
+    assert counts((await home.quota(ada.user_id)).storage_bytes) == (500, 0)
+
+
+async def test_what_was_given_back_cannot_be_charged(home):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "fil_1", 500, storage=True)
+    await release(home, "fil_1")
+
+    with pytest.raises(FailedPrecondition) as refusal:
+        await settle(home, "fil_1")
+
+    assert (refusal.value.reason, refusal.value.metadata["reservation_id"]) == ("RESERVATION_RELEASED", "fil_1")
+
+
+async def test_what_never_was_cannot_be_charged_but_given_back(home):
+    await release(home, "fil_1")
+
+    with pytest.raises(NotFound) as refusal:
+        await settle(home, "fil_1")
+
+    assert (refusal.value.reason, refusal.value.metadata["reservation_id"]) == ("RESERVATION_NOT_FOUND", "fil_1")
+
+
+async def test_what_was_given_back_is_counted_when_it_is_reserved_again(home):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "tsk_1/1")
+    await release(home, "tsk_1/1", caller="task")
+
+    again = await home.reserve(ada.user_id, "tsk_1/1")
+
+    assert again.state == HELD
+    assert counts((await home.quota(ada.user_id)).tasks) == (0, 1)
+
+
+async def test_reserving_what_is_charged_charges_nothing_more(home):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "fil_1", 500, storage=True)
+    await settle(home, "fil_1")
+
+    assert (await home.reserve(ada.user_id, "fil_1", 500, storage=True)).state == SETTLED
+    assert counts((await home.quota(ada.user_id)).storage_bytes) == (500, 0)
+
+
+async def test_a_limit_that_is_not_set_is_the_role_s(home):
+    ada = await home.registered()
+
+    own = await limited(home, ada, tasks=0, storage_bytes=7)
+    back = await limited(home, ada, storage_bytes=7)
+
+    assert (own.tasks.limit, own.storage_bytes.limit) == (0, 7)
+    assert (back.tasks.limit, back.storage_bytes.limit) == (100, 7)
+
+
+async def test_a_task_s_success_charges_it(home):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "tsk_1/1")
+
+    await tell(home, events_pb2.TaskCreated, "tsk_1/1", "e1")
+    await tell(home, events_pb2.TaskSucceeded, "tsk_1/1", "e2")
+
+    assert counts((await home.quota(ada.user_id)).tasks) == (1, 0)
+
+
+@pytest.mark.parametrize("end", [events_pb2.TaskFailed, events_pb2.TaskCancelled])
+async def test_a_task_s_failure_or_cancellation_gives_it_back(home, end):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "tsk_1/1")
+
+    await tell(home, events_pb2.TaskCreated, "tsk_1/1", "e1")
+    await tell(home, end, "tsk_1/1", "e2")
+
+    assert counts((await home.quota(ada.user_id)).tasks) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("end", "used"), [(events_pb2.TaskSucceeded, 1), (events_pb2.TaskFailed, 0), (events_pb2.TaskCancelled, 0)]
+)
+async def test_events_in_the_wrong_order_three_times_each_in_parallel_count_once(home, end, used):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "tsk_1/1")
+
+    await asyncio.gather(*(tell(home, end, "tsk_1/1", "e2") for _ in range(3)))
+    await asyncio.gather(*(tell(home, events_pb2.TaskCreated, "tsk_1/1", "e1") for _ in range(3)))
+
+    assert counts((await home.quota(ada.user_id)).tasks) == (used, 0)
+
+
+async def test_an_event_about_an_unknown_reservation_is_taken(home):
+    await tell(home, events_pb2.TaskSucceeded, "tsk_9/1", "e1")
+
+
+async def test_a_task_counts_in_the_month_of_its_reservation(home):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "tsk_1/1")
+    home.clock.time = datetime(2026, 11, 1, 0, 5, tzinfo=UTC)
+
+    await tell(home, events_pb2.TaskSucceeded, "tsk_1/1", "e1")
+
+    assert counts((await home.quota(ada.user_id)).tasks) == (0, 0)
+    home.clock.time = datetime(2026, 10, 31, 23, 59, tzinfo=UTC)
+    assert counts((await home.quota(ada.user_id)).tasks) == (1, 0)
+
+
+async def test_a_new_month_counts_tasks_anew_but_not_bytes(home):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "tsk_1/1", 100)
+    await home.reserve(ada.user_id, "fil_1", 500, storage=True)
+    home.clock.time = datetime(2026, 11, 1, tzinfo=UTC)
+
+    await home.reserve(ada.user_id, "tsk_2/1")
+
+    quota = await home.quota(ada.user_id)
+    assert counts(quota.tasks) == (0, 1)
+    assert counts(quota.storage_bytes) == (0, 500)
+
+
+async def look_after(home, seconds):
+    home.clock.time += timedelta(seconds=seconds)
+    await home.upkeep.ask()
+
+
+async def state_of(home, user, reservation_id):
+    return (await home.reserve(user.user_id, reservation_id)).state
+
+
+async def test_a_reservation_without_a_task_is_given_back_after_two_minutes(home):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "tsk_1/1")
+
+    await look_after(home, 119)
+    before = counts((await home.quota(ada.user_id)).tasks)
+    await look_after(home, 2)
+
+    assert before == (0, 1)
+    assert counts((await home.quota(ada.user_id)).tasks) == (0, 0)
+
+
+async def test_a_repeated_reservation_is_held_anew(home):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "tsk_1/1")
+    await look_after(home, 119)
+    await home.reserve(ada.user_id, "tsk_1/1")
+
+    await look_after(home, 2)
+
+    assert counts((await home.quota(ada.user_id)).tasks) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("state", "round_", "becomes", "used"),
+    [
+        (task_pb2.Task.STATE_QUEUED, 1, BOUND, (0, 1)),
+        (task_pb2.Task.STATE_RUNNING, 1, BOUND, (0, 1)),
+        (task_pb2.Task.STATE_SUCCEEDED, 1, SETTLED, (1, 0)),
+        (task_pb2.Task.STATE_FAILED, 1, None, (0, 0)),
+        (task_pb2.Task.STATE_CANCELLED, 1, None, (0, 0)),
+        (task_pb2.Task.STATE_RUNNING, 2, None, (0, 0)),
+    ],
+)
+async def test_a_reservation_that_no_event_reached_follows_its_task(home, state, round_, becomes, used):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "tsk_1/1")
+    home.tasks.known["tsk_1"] = task_pb2.LookupTaskResponse(state=state, reservation_id=f"tsk_1/{round_}")
+
+    await look_after(home, 121)
+
+    assert counts((await home.quota(ada.user_id)).tasks) == used
+    assert becomes is None or await state_of(home, ada, "tsk_1/1") == becomes
+
+
+async def test_nothing_is_given_back_while_the_task_service_is_away(home):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "tsk_1/1")
+    home.tasks.failure = Unavailable("away")
+
+    await look_after(home, 3600)
+
+    assert counts((await home.quota(ada.user_id)).tasks) == (0, 1)
+
+
+async def test_nobody_is_asked_about_stored_bytes(home):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "fil_1", 500, storage=True)
+
+    await look_after(home, 3600)
+
+    assert counts((await home.quota(ada.user_id)).storage_bytes) == (0, 500)

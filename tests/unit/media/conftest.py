@@ -1,0 +1,67 @@
+"""Real photographs, and what people's cameras, programs and enemies make of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from services.media import domain, operations
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    package = importlib.util.find_spec("skimage")  # found, not imported: only its pictures are installed
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    return Path(package.submodule_search_locations[0]) / "data"
+
+
+@pytest.fixture
+def rocket(photos: Path) -> Path:
+    return photos / "rocket.jpg"  # 640 × 427, RGB
+
+
+@pytest.fixture
+def coffee(photos: Path) -> Path:
+    return photos / "coffee.png"  # 600 × 400, RGB
+
+
+Run = Callable[..., tuple[Image.Image, domain.Written]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Do an operation and open what it wrote."""
+
+    def done(
+        operation: domain.Operation, source: Path, files: dict[str, Path] | None = None
+    ) -> tuple[Image.Image, domain.Written]:
+        written = operations.run(operation, source, files or {}, tmp_path / "result", lambda _share: None)
+        return Image.open(tmp_path / f"result.{written.format.value}"), written
+
+    return done
+
+
+def huge_png(path: Path, side: int) -> Path:
+    """Write a PNG of some hundred bytes which claims to be `side` × `side`."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    )
+    return path
+
+
+def near(colour: object, other: object, within: int = 12) -> bool:
+    assert isinstance(colour, tuple)
+    assert isinstance(other, tuple)
+    return all(abs(a - b) <= within for a, b in zip(colour[:3], other[:3], strict=True))

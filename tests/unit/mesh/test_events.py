@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import contextvars
+from datetime import UTC, datetime
+
+import pytest
+from atelier.task.v1 import events_pb2
+from sqlalchemy.dialects import sqlite
+
+from mesh import context, database
+from mesh.context import Request
+from mesh.database import DatabaseNotSupported, Timestamp
+from mesh.events import event
+from mesh.outbox import Message
+
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+SUCCEEDED = events_pb2.TaskSucceeded(task_id="tsk_1", user_id="usr_1")
+
+
+def test_an_event_is_a_cloud_event_in_binary_mode() -> None:
+    message = event(SUCCEEDED, source="task", subject="tsk_1", event_id="evt_1", occur_time=NOW)
+
+    assert message.headers == {
+        "cloudEvents:specversion": "1.0",
+        "cloudEvents:id": "evt_1",
+        "cloudEvents:source": "task",
+        "cloudEvents:type": "atelier.task.v1.TaskSucceeded",
+        "cloudEvents:subject": "tsk_1",
+        "cloudEvents:time": "2026-01-02T00:00:00+00:00",
+    }
+    assert (message.exchange, message.routing_key) == ("atelier.events", "atelier.task.v1.TaskSucceeded")
+    assert (message.content_type, message.message_id, message.subject) == ("application/protobuf", "evt_1", "tsk_1")
+    assert events_pb2.TaskSucceeded.FromString(message.body) == SUCCEEDED
+
+
+def test_an_event_names_the_request_that_caused_it() -> None:
+    request = Request(caller="edge", user=None, request_id="req_1", deadline=0, metadata={})
+
+    def serve() -> Message:
+        context.serve(request)
+        return event(SUCCEEDED, source="task", subject="tsk_1", event_id="evt_1", occur_time=NOW)
+
+    message = contextvars.copy_context().run(serve)
+
+    assert message.headers["correlationid"] == "req_1"
+
+
+def test_a_time_without_a_zone_is_refused() -> None:
+    with pytest.raises(ValueError, match="zone"):
+        Timestamp().process_bind_param(datetime(2026, 1, 2), sqlite.dialect())  # noqa: DTZ001 - the mistake itself
+
+
+@pytest.mark.parametrize("url", ["postgresql+asyncpg://user:secret@host/task", "sqlite+aiosqlite:///:memory:"])
+def test_a_database_that_cannot_be_shared_by_replicas_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(DatabaseNotSupported) as refusal:
+        database.sqlite_path(url)
+
+    assert "secret" not in f"{refusal.value.message}{refusal.value.metadata}"

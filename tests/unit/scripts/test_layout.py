@@ -1,0 +1,118 @@
+"""Where the mesh of one machine listens and what its programs are told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from scripts.local import configs
+from scripts.local.layout import (
+    SERVICES,
+    SPAN,
+    Layout,
+    Process,
+    SettingRefused,
+    mesh_environment,
+    processes,
+)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    return Layout(var=tmp_path, replicas=2)
+
+
+def programs(mesh: Layout, caller: dict[str, str] | None = None) -> dict[str, Process]:
+    environment = mesh_environment(mesh, caller or {}, "s3cret")
+    return {each.name: each for each in processes(mesh, environment, consul="consul", rabbitmq="rabbitmq-server")}
+
+
+def test_no_port_is_given_twice_and_all_but_the_edge_follow_the_base(mesh):
+    largest = replace(mesh, replicas=50)
+
+    assert len(largest.fixed_ports) == 50 + 8
+    assert all(mesh.port_base <= port < mesh.port_base + SPAN for port in largest.fixed_ports if port != mesh.edge_port)
+
+
+def test_two_meshes_with_other_bases_share_no_port(mesh):
+    other = replace(mesh, port_base=mesh.port_base + SPAN, edge_port=8081)
+
+    assert not mesh.fixed_ports.keys() & other.fixed_ports.keys()
+
+
+def test_the_usual_ports_of_brokers_and_registries_are_left_to_others(mesh):
+    assert not {4369, 5672, 8300, 8301, 8500, 15672, 25672} & mesh.fixed_ports.keys()
+
+
+def test_the_callers_environment_moves_the_mesh(tmp_path):
+    moved = Layout.from_environment(
+        {"ATELIER_VAR": str(tmp_path), "ATELIER_PORT_BASE": "20000", "ATELIER_EDGE_PORT": "9000"}
+    )
+
+    assert (moved.var, moved.edge_url, moved.consul_url) == (
+        tmp_path,
+        "http://127.0.0.1:9000",
+        "http://127.0.0.1:20500",
+    )
+
+
+def test_a_silent_caller_means_the_mesh_as_it_was_last(tmp_path):
+    last = Layout(var=tmp_path, port_base=20000, edge_port=9000, replicas=3)
+    last.last.parent.mkdir()
+    configs.remember(last)
+
+    found = Layout.from_environment({"ATELIER_VAR": str(tmp_path), "ATELIER_EDGE_PORT": "9001"})
+
+    assert found == replace(last, edge_port=9001)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"ATELIER_PORT_BASE": "many"},
+        {"ATELIER_EDGE_PORT": "0"},
+        {"ATELIER_EDGE_PORT": "70000"},
+        {"ATELIER_PORT_BASE": "65000"},
+        {"ATELIER_EDGE_PORT": "17500"},
+        {"ATELIER_VAR": "/" + "deep/" * 30},
+        {"ATELIER_VAR": '/a"b'},
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_by_name(setting, tmp_path):
+    with pytest.raises(SettingRefused, match=next(iter(setting))):
+        Layout.from_environment({"ATELIER_VAR": str(tmp_path), **setting})
+
+
+def test_every_service_runs_as_often_as_asked(mesh):
+    names = programs(mesh).keys()
+
+    expected = {f"{name}-{number}" for name in (*SERVICES, "control", "media-worker") for number in (1, 2)}
+    assert names == expected | {"epmd", "consul", "rabbitmq", "registrar", "edge-certificates", "envoy"}
+
+
+def test_each_instance_knows_its_name_and_where_the_mesh_is(mesh):
+    told = programs(mesh)["task-2"].environment
+
+    assert told["ATELIER_INSTANCE"] == "task-2"
+    assert told["ATELIER_CONTROL_ADDRESSES"] == "127.0.0.1:17100,127.0.0.1:17101"
+    assert told["ATELIER_BROKER_URL"] == "amqp://atelier:s3cret@127.0.0.1:17672/"
+    assert told["TASK_DATABASE_URL"] == f"sqlite+aiosqlite:///{mesh.var}/data/task.db"
+
+
+def test_a_service_setting_of_the_callers_wins_and_the_place_of_the_mesh_does_not(mesh):
+    caller = {"TASK_LEASE_SECONDS": "3", "USER_DATABASE_URL": "sqlite+aiosqlite:////else.db", "ATELIER_CONSUL_URL": "x"}
+
+    told = programs(mesh, {**caller, "SHELL": "/bin/sh"})["task-1"].environment
+
+    assert told["TASK_LEASE_SECONDS"] == "3"
+    assert told["USER_DATABASE_URL"] == "sqlite+aiosqlite:////else.db"
+    assert told["ATELIER_CONSUL_URL"] == mesh.consul_url
+    assert "SHELL" not in told
+
+
+def test_the_edge_starts_after_the_services_and_these_after_the_brokers(mesh):
+    found = programs(mesh)
+
+    waves = [found[name].wave for name in ("rabbitmq", "control-1", "task-1", "envoy")]
+    assert waves == sorted(set(waves))

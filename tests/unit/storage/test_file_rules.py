@@ -1,0 +1,45 @@
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from services.storage.domain import File, FileNameMalformed, Standing, Verdict, fingerprint, require_name, verdict
+
+RESULT = File(
+    file_id="fil_1", user_id="usr_1", name="a.png", content_type="image/png", size_bytes=1, sha256="00",
+    task_id="tsk_1", attempt=2, create_time=datetime(2026, 1, 1, tzinfo=UTC), ready=True, confirmed=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a", "a b.jpg", "ä" * 255, "..a", "写真.jpg", 'quo"te'])
+def test_a_name_that_people_use_passes(name):
+    require_name(name)
+
+
+@pytest.mark.parametrize("name", ["", "a" * 256, "a/b", "a\nb", "\x7f", "..", ".", "a\u2028b"])
+def test_a_name_that_is_no_name_is_refused(name):
+    with pytest.raises(FileNameMalformed) as refusal:
+        require_name(name)
+
+    assert (refusal.value.code, refusal.value.reason) == ("INVALID_ARGUMENT", "FILE_NAME_MALFORMED")
+    assert refusal.value.metadata["length"] == str(len(name))
+
+
+@pytest.mark.parametrize(
+    ("standing", "expected"),
+    [
+        (None, Verdict.REFUSED),
+        (Standing(ended=True, attempt=2, output_file_ids=["fil_1"]), Verdict.TAKEN),
+        (Standing(ended=True, attempt=2, output_file_ids=["fil_2"]), Verdict.REFUSED),
+        (Standing(ended=False, attempt=2, output_file_ids=[]), Verdict.OPEN),
+        (Standing(ended=False, attempt=3, output_file_ids=[]), Verdict.REFUSED),
+    ],
+)
+def test_a_result_stays_only_if_its_task_took_it_or_still_may(standing, expected):
+    assert verdict(RESULT, standing) is expected
+
+
+def test_uploads_under_one_request_id_must_agree_in_name_and_bytes():
+    assert fingerprint(RESULT) == fingerprint(replace(RESULT, file_id="fil_2"))
+    assert fingerprint(RESULT) != fingerprint(replace(RESULT, name="b.png"))
+    assert fingerprint(RESULT) != fingerprint(replace(RESULT, sha256="01"))
