@@ -5,11 +5,13 @@ Holds no tables and no queries of any service.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import random
 import sqlite3
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 READERS = 4  # SQLite reads from the page cache: more threads than this only compete for the interpreter
 BUSY_TIMEOUT_MS = 5_000  # how long a writer waits for another process's writer
+BUSY_PAUSE_SECONDS = 0.01  # between two looks, where SQLite itself does not wait
 WRITER_WAIT_SECONDS = 10.0  # how long a task waits for its own process's one writer
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -119,6 +122,7 @@ async def opened(url: str, *, foreign_keys: bool = True) -> AsyncIterator[Databa
     path.parent.mkdir(parents=True, exist_ok=True)
     # Made here because SQLite would obey the umask; its -wal and -shm files take this file's mode.
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    await _write_ahead(path)
 
     writer = _sqlite_engine(url, begin="BEGIN IMMEDIATE", pool_size=1, foreign_keys=foreign_keys)
     readers = _sqlite_engine(url, begin="BEGIN", pool_size=READERS, query_only=True)
@@ -171,8 +175,13 @@ async def _begun(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     except DBAPIError as failure:
         if not _is_outage(failure):
             raise
-        log.warning("database unavailable", extra={"driver_error": str(failure.orig)})
-        raise Unavailable("The database cannot answer now. Try again.", retry_after_seconds=1) from failure
+        raise _unavailable(failure.orig) from failure
+
+
+def _unavailable(failure: BaseException | None) -> Unavailable:
+    """Tell the log what the driver said, and the caller that it may try again."""
+    log.warning("database unavailable", extra={"driver_error": str(failure)})
+    return Unavailable("The database cannot answer now. Try again.", retry_after_seconds=1)
 
 
 def _is_outage(failure: DBAPIError) -> bool:
@@ -180,6 +189,26 @@ def _is_outage(failure: DBAPIError) -> bool:
     if code is None:
         return failure.connection_invalidated or isinstance(failure, OperationalError)
     return code & 0xFF in _SQLITE_OUTAGES  # the low byte is the primary code
+
+
+async def _write_ahead(path: Path) -> None:
+    """Have the file keep a write-ahead log, from now on: it says so itself to whoever opens it.
+
+    Raises:
+        Unavailable: another process writes to it, or it cannot be written.
+    """
+    give_up = asyncio.get_running_loop().time() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            with closing(sqlite3.connect(path)) as connection:
+                connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as failure:
+            # SQLite waits for nobody here, since two that change the mode at once would wait for each other.
+            if failure.sqlite_errorcode != sqlite3.SQLITE_BUSY or asyncio.get_running_loop().time() > give_up:
+                raise _unavailable(failure) from failure
+            await asyncio.sleep(BUSY_PAUSE_SECONDS * random.uniform(1, 2))  # noqa: S311 - jitter, not a secret
+        else:
+            return
 
 
 def _sqlite_engine(
@@ -198,7 +227,6 @@ def _sqlite_engine(
     def connected(connection: Any, _record: object) -> None:
         cursor = connection.cursor()
         cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-        cursor.execute("PRAGMA journal_mode = WAL")
         cursor.execute("PRAGMA synchronous = FULL")  # WAL's usual NORMAL may lose commits when power fails
         cursor.execute(f"PRAGMA foreign_keys = {foreign_keys:d}")
         if query_only:

@@ -5,6 +5,7 @@ import random
 import sqlite3
 import stat
 import sys
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -40,6 +41,19 @@ async def main():
                 await connection.execute(update(counter).values(value=value + 1))
 
 asyncio.run(main())
+"""
+
+OPEN_NEW_FILES_ON_TIME = """
+import asyncio, sys, time
+from mesh import database
+
+async def main(folder, begin):
+    for number in range(50):
+        time.sleep(max(0, begin + number * 0.02 - time.time()))
+        async with database.opened(f"sqlite+aiosqlite:///{folder}/{number}.db") as opened:
+            await opened.check()
+
+asyncio.run(main(sys.argv[1], float(sys.argv[2])))
 """
 
 
@@ -261,3 +275,13 @@ async def test_a_forgotten_key_is_free_again(opened: Database) -> None:
         answer = await idempotency.adopt(connection, idempotency_table, new_id="tsk_2", **key)
 
     assert answer == ("tsk_2", True)
+
+
+async def test_processes_that_open_a_new_database_at_once_all_do(tmp_path: Path) -> None:
+    begin = str(time.time() + 2)  # when all have imported what they need
+    arguments = (sys.executable, "-c", OPEN_NEW_FILES_ON_TIME, str(tmp_path), begin)
+
+    processes = [await asyncio.create_subprocess_exec(*arguments, stderr=asyncio.subprocess.PIPE) for _ in range(3)]
+    complaints = [(await process.communicate())[1].decode() for process in processes]
+
+    assert complaints == ["", "", ""]
