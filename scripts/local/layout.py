@@ -1,6 +1,7 @@
 """What runs on one machine, where it listens and what it is told: the only list of processes.
 
-The ports are ours (a base plus offsets) and the state lies in one folder, so that two meshes can run side by side.
+Services are found in their folders: nothing here changes for a new one (docs/new-service.md). The ports are ours (a
+base plus offsets) and the state lies in one folder, so that two meshes can run side by side.
 """
 
 from __future__ import annotations
@@ -21,10 +22,17 @@ EDGE_PORT = 8080
 SPAN = 700  # ports from the base on that belong to one mesh
 MAX_REPLICAS = 50
 
-SERVICES = ("auth", "user", "storage", "task", "media")
-DATABASES = ("auth", "user", "storage", "task")
-WORKER = "media-worker"
-AUTHORITIES = (*SERVICES, WORKER, "control", "edge", "operator", "registrar")  # who has a token of Consul
+
+def _with(file: str) -> tuple[str, ...]:
+    """Return the services whose folder has `file`, by name."""
+    folder = ROOT / "services"
+    return tuple(sorted(path.relative_to(folder).parts[0] for path in folder.glob(f"*/{file}")))
+
+
+SERVICES = _with("__main__.py")
+DATABASES = _with("tables.py")
+WORKERS = {f"{name}-worker": name for name in _with("worker/__main__.py")}  # and whose they are
+AUTHORITIES = (*SERVICES, *WORKERS, "control", "edge", "operator", "registrar")  # who has a token of Consul
 PREFIXES = (*(f"{name.upper()}_" for name in SERVICES), "CONTROL_", "ATELIER_", "OTEL_")
 
 # Whoever has this variable with our state folder in it was started by our supervisor, or by its child.
@@ -318,8 +326,12 @@ def processes(layout: Layout, environment: Mapping[str, str], *, consul: str, ra
             for name in SERVICES
             for process in replicas(name, f"services.{name}", (f"services/{name}",), 2)
         ),
-        # It asks its own children to stop, and finishes what it has begun.
-        *replicas(WORKER, "services.media.worker", ("services/media",), 2, owns_children=True),
+        *(
+            process
+            for name, owner in WORKERS.items()
+            # It asks its own children to stop, and finishes what it has begun.
+            for process in replicas(name, f"services.{owner}.worker", (f"services/{owner}",), 2, owns_children=True)
+        ),
         Process(
             name="envoy",
             wave=3,

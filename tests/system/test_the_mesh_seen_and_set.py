@@ -12,7 +12,7 @@ import pytest
 from envoy.service.status.v3 import csds_pb2, csds_pb2_grpc
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 
-from scripts.local.layout import Layout
+from scripts.local.layout import SERVICES, WORKERS, Layout
 from tests.eventually import eventually
 from tests.installation import Mesh
 from tests.people import Person
@@ -74,7 +74,7 @@ async def test_every_process_of_ours_is_seen_and_those_that_call_others_follow_t
     async def whole() -> bool:
         found = (await chief.http.get("mesh/topology")).json()
         seen = {each["instanceId"] for service in found["services"] for each in service["instances"]}
-        ours = ("control", "auth", "user", "storage", "task", "media", "media-worker")
+        ours = ("control", *SERVICES, *WORKERS)
         names = {f"{name}-{number}" for name in ours for number in (1, 2)}
         followers = {client["nodeId"] for client in found["clients"]}
         newest = all(

@@ -10,8 +10,7 @@ import pytest
 
 from mesh import database, migrations
 from mesh.migrations import DatabaseNewerThanCode
-
-SERVICES_WITH_MIGRATIONS = sorted(folder.parent.name for folder in migrations.SERVICES.glob("*/migrations"))
+from scripts.local.layout import DATABASES
 
 FIRST = """
 import sqlalchemy as sa
@@ -88,7 +87,7 @@ async def command(*arguments: str, url: str) -> tuple[int | None, str]:
     return process.returncode, output.decode().strip()
 
 
-@pytest.mark.parametrize("service", SERVICES_WITH_MIGRATIONS)
+@pytest.mark.parametrize("service", DATABASES)
 async def test_a_services_migrations_make_the_tables_of_its_code(service: str) -> None:
     assert await migrations.differences(service) == []
 
@@ -129,7 +128,7 @@ async def test_a_database_newer_than_the_code_is_refused_and_kept(services: Path
 
 
 async def test_the_command_says_what_it_did_and_two_at_once_do_it_once(url: str) -> None:
-    service = SERVICES_WITH_MIGRATIONS[0]
+    service = DATABASES[0]
 
     answers = await asyncio.gather(command(service, url=url), command(service, url=url))
     head = rows(url, "SELECT version_num FROM alembic_version")[0][0]
@@ -138,7 +137,7 @@ async def test_the_command_says_what_it_did_and_two_at_once_do_it_once(url: str)
 
 
 async def test_the_command_refuses_a_newer_database_in_one_sentence(url: str) -> None:
-    service = SERVICES_WITH_MIGRATIONS[0]
+    service = DATABASES[0]
     await command(service, url=url)
     connection = sqlite3.connect(database.sqlite_path(url))
     connection.execute("UPDATE alembic_version SET version_num = '9999'")

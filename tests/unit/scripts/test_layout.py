@@ -10,6 +10,7 @@ from scripts.local import configs
 from scripts.local.layout import (
     SERVICES,
     SPAN,
+    WORKERS,
     Layout,
     Process,
     SettingRefused,
@@ -87,7 +88,8 @@ def test_a_setting_that_cannot_work_is_refused_by_name(setting, tmp_path):
 def test_every_service_runs_as_often_as_asked(mesh):
     names = programs(mesh).keys()
 
-    expected = {f"{name}-{number}" for name in (*SERVICES, "control", "media-worker") for number in (1, 2)}
+    expected = {f"{name}-{number}" for name in (*SERVICES, *WORKERS, "control") for number in (1, 2)}
+    assert {"task-1", "media-2", "media-worker-2"} <= expected
     assert names == expected | {"epmd", "consul", "rabbitmq", "registrar", "edge-certificates", "envoy"}
 
 
