@@ -44,6 +44,7 @@ class Method:
     access: str
     """PUBLIC, USER, ADMIN or SERVICE."""
     callers: frozenset[str]
+    """Services that the policy names; where it says `every_service`, all others that have rpcs."""
     deadline_seconds: float
     rate_class: str
     """READ, WRITE, SIGN_IN, BYTES, or empty when not limited."""
@@ -77,20 +78,23 @@ class Contract:
             ValueError: an rpc has no policy, or one that contradicts itself.
         """
         files = descriptor_pb2.FileDescriptorSet.FromString(image)
-        methods = [
-            _method(file.package, service, method)
+        services = {
+            f"{file.package}.{service.name}": service
             for file in files.file
             if file.package.startswith("atelier.")
             for service in file.service
-            for method in service.method
-        ]
+        }
+        owners = frozenset(map(_owner, services))
+        methods = [_method(name, method, owners) for name, service in services.items() for method in service.method]
         return cls({method.full_name: method for method in methods})
 
 
-def _method(
-    package: str, service: descriptor_pb2.ServiceDescriptorProto, method: descriptor_pb2.MethodDescriptorProto
-) -> Method:
-    service_name = f"{package}.{service.name}"
+def _owner(service: str) -> str:
+    return _OWNERS.get(service, service.split(".")[1])
+
+
+def _method(service_name: str, method: descriptor_pb2.MethodDescriptorProto, owners: frozenset[str]) -> Method:
+    owner = _owner(service_name)
     full_name = f"/{service_name}/{method.name}"
     policy = method.options.Extensions[policy_pb2.policy]
     access = policy_pb2.Policy.Access.Name(policy.access).removeprefix("ACCESS_")
@@ -100,7 +104,7 @@ def _method(
         raise ValueError(f"{full_name} has no policy: say who may call it (atelier.policy.v1.policy)")
     if deadline_seconds <= 0:
         raise ValueError(f"{full_name} has no deadline: every rpc needs one")
-    if access == "SERVICE" and not policy.callers:
+    if access == "SERVICE" and not policy.callers and not policy.every_service:
         raise ValueError(f"{full_name} is for services but names none in `callers`")
     if access != "SERVICE" and rate_class == "UNSPECIFIED":
         raise ValueError(f"{full_name} is open to people and needs a rate class")
@@ -110,9 +114,9 @@ def _method(
     return Method(
         full_name=full_name,
         service=service_name,
-        owner=_OWNERS.get(service_name, package.split(".")[1]),
+        owner=owner,
         access=access,
-        callers=frozenset(policy.callers),
+        callers=frozenset(policy.callers) | (owners - {owner} if policy.every_service else frozenset()),
         deadline_seconds=deadline_seconds,
         rate_class="" if rate_class == "UNSPECIFIED" else rate_class,
         max_request_bytes=policy.max_request_bytes or DEFAULT_MAX_REQUEST_BYTES,

@@ -14,8 +14,9 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from mesh import contract
 from mesh.contract import Contract, Method
+from scripts.local import layout
 
-SERVICES = {"auth", "control", "media", "media-worker", "storage", "task", "user"}
+SERVICES = {*layout.SERVICES, *layout.WORKERS, "control"}
 METHODS = list(contract.installed().methods.values())
 IMAGE = descriptor_pb2.FileDescriptorSet.FromString(contract.IMAGE.read_bytes())
 NUMBERS = {
@@ -78,7 +79,7 @@ def test_no_two_rpcs_share_a_verb_and_a_path() -> None:
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.full_name)
 def test_a_policy_makes_sense(method: Method) -> None:
-    assert method.owner in SERVICES - {"media-worker"}
+    assert method.owner in SERVICES - layout.WORKERS.keys()
     assert method.callers <= SERVICES
     assert method.owner not in method.callers or method.owner == "control"  # control planes ask each other
     assert not method.client_streaming
@@ -99,6 +100,12 @@ def test_only_those_whom_the_policy_names_may_call(method: Method) -> None:
     allowed = {caller for caller in {*SERVICES, "edge", "", "Edge", "stranger"} if method.allows(caller)}
 
     assert allowed == method.callers | ({"edge"} if method.access != "SERVICE" else set())
+
+
+def test_whoever_serves_rpcs_may_hear_which_tokens_are_good() -> None:
+    feed = contract.installed().methods["/atelier.mesh.v1.IdentityService/WatchIdentity"]
+
+    assert feed.callers == {method.owner for method in METHODS} - {"auth"}
 
 
 def test_who_changes_an_account_or_a_key_is_audited() -> None:

@@ -26,7 +26,7 @@ from atelier.policy.v1 import policy_pb2 as atelier_dot_policy_dot_v1_dot_policy
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61telier/mesh/v1/identity.proto\x12\x0f\x61telier.mesh.v1\x1a\x1e\x61telier/policy/v1/policy.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14WatchIdentityRequest\"j\n\x15WatchIdentityResponse\x12\x12\n\x04jwks\x18\x01 \x01(\tR\x04jwks\x12=\n\x0brevocations\x18\x02 \x03(\x0b\x32\x1b.atelier.mesh.v1.RevocationR\x0brevocations\"u\n\nRevocation\x12\x14\n\x05\x63laim\x18\x01 \x01(\tR\x05\x63laim\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value\x12;\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime2\xaa\x01\n\x0fIdentityService\x12\x96\x01\n\rWatchIdentity\x12%.atelier.mesh.v1.WatchIdentityRequest\x1a&.atelier.mesh.v1.WatchIdentityResponse\"4\x90\x02\x01\x8a\xb5\x18-\x08\x04\x12\x07\x63ontrol\x12\x04user\x12\x07storage\x12\x04task\x12\x05media\x1a\x04\x08\x80\xa3\x05\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61telier/mesh/v1/identity.proto\x12\x0f\x61telier.mesh.v1\x1a\x1e\x61telier/policy/v1/policy.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14WatchIdentityRequest\"j\n\x15WatchIdentityResponse\x12\x12\n\x04jwks\x18\x01 \x01(\tR\x04jwks\x12=\n\x0brevocations\x18\x02 \x03(\x0b\x32\x1b.atelier.mesh.v1.RevocationR\x0brevocations\"u\n\nRevocation\x12\x14\n\x05\x63laim\x18\x01 \x01(\tR\x05\x63laim\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value\x12;\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime2\x86\x01\n\x0fIdentityService\x12s\n\rWatchIdentity\x12%.atelier.mesh.v1.WatchIdentityRequest\x1a&.atelier.mesh.v1.WatchIdentityResponse\"\x11\x90\x02\x01\x8a\xb5\x18\n\x08\x04\x1a\x04\x08\x80\xa3\x05@\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,7 +34,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'atelier.mesh.v1.identity_pb
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_IDENTITYSERVICE'].methods_by_name['WatchIdentity']._loaded_options = None
-  _globals['_IDENTITYSERVICE'].methods_by_name['WatchIdentity']._serialized_options = b'\220\002\001\212\265\030-\010\004\022\007control\022\004user\022\007storage\022\004task\022\005media\032\004\010\200\243\005'
+  _globals['_IDENTITYSERVICE'].methods_by_name['WatchIdentity']._serialized_options = b'\220\002\001\212\265\030\n\010\004\032\004\010\200\243\005@\001'
   _globals['_WATCHIDENTITYREQUEST']._serialized_start=116
   _globals['_WATCHIDENTITYREQUEST']._serialized_end=138
   _globals['_WATCHIDENTITYRESPONSE']._serialized_start=140
@@ -42,5 +42,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REVOCATION']._serialized_start=248
   _globals['_REVOCATION']._serialized_end=365
   _globals['_IDENTITYSERVICE']._serialized_start=368
-  _globals['_IDENTITYSERVICE']._serialized_end=538
+  _globals['_IDENTITYSERVICE']._serialized_end=502
 # @@protoc_insertion_point(module_scope)

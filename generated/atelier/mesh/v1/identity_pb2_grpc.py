@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class IdentityServiceStub:
-    """Implemented by the service that issues people's tokens.
+    """Implemented by the service that issues people's tokens; whoever serves rpcs checks them.
     """
 
     def __init__(self, channel):
@@ -43,7 +43,7 @@ class IdentityServiceStub:
 
 
 class IdentityServiceServicer:
-    """Implemented by the service that issues people's tokens.
+    """Implemented by the service that issues people's tokens; whoever serves rpcs checks them.
     """
 
     def WatchIdentity(self, request, context):
@@ -71,7 +71,7 @@ def add_IdentityServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class IdentityService:
-    """Implemented by the service that issues people's tokens.
+    """Implemented by the service that issues people's tokens; whoever serves rpcs checks them.
     """
 
     @staticmethod

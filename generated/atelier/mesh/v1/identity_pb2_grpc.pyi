@@ -29,7 +29,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class IdentityServiceStub:
-    """Implemented by the service that issues people's tokens."""
+    """Implemented by the service that issues people's tokens; whoever serves rpcs checks them."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -42,7 +42,7 @@ class IdentityServiceStub:
 
 @_typing.type_check_only
 class IdentityServiceAsyncStub(IdentityServiceStub):
-    """Implemented by the service that issues people's tokens."""
+    """Implemented by the service that issues people's tokens; whoever serves rpcs checks them."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     WatchIdentity: _aio.UnaryStreamMultiCallable[_identity_pb2.WatchIdentityRequest, _identity_pb2.WatchIdentityResponse]  # type: ignore[assignment]
@@ -51,7 +51,7 @@ class IdentityServiceAsyncStub(IdentityServiceStub):
     """
 
 class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Implemented by the service that issues people's tokens."""
+    """Implemented by the service that issues people's tokens; whoever serves rpcs checks them."""
 
     @_abc_1.abstractmethod
     def WatchIdentity(
