@@ -25,12 +25,14 @@ class Mesh:
     url: str
     var: Path
     environment: dict[str, str]
+    root: Path = ROOT
+    """The checkout whose scripts started it."""
 
     def script(self, name: str, *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
         """Run one of scripts/ on this installation."""
         return subprocess.run(
-            [ROOT / "scripts" / name, *arguments],
-            env=self.environment, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT,
+            [self.root / "scripts" / name, *arguments],
+            env=self.environment, capture_output=True, text=True, timeout=timeout, check=False, cwd=self.root,
         )  # fmt: skip
 
     def status(self) -> dict[str, Any]:
@@ -48,7 +50,7 @@ class Mesh:
     def atelier(self, *arguments: str, home: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run the command as a person with the home folder `home` would."""
         return subprocess.run(
-            [ROOT / ".venv" / "bin" / "atelier", "--server", self.url, *arguments],
+            [self.root / ".venv" / "bin" / "atelier", "--server", self.url, *arguments],
             env={**os.environ, "HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config"), "NO_COLOR": "1"},
             input=stdin, capture_output=True, text=True, timeout=120, check=False, cwd=home,
         )  # fmt: skip
@@ -59,7 +61,9 @@ class Mesh:
 
 
 @contextmanager
-def running(var: Path, *, replicas: int = 1, settings: dict[str, str] | None = None) -> Iterator[Mesh]:
+def running(
+    var: Path, *, replicas: int = 1, settings: dict[str, str] | None = None, root: Path = ROOT
+) -> Iterator[Mesh]:
     """Hold a mesh whose state is in `var`, on ports that nobody has; everything of it is deleted at the end."""
     layout = _on_free_ports(var, replicas)
     environment = {
@@ -69,7 +73,7 @@ def running(var: Path, *, replicas: int = 1, settings: dict[str, str] | None = N
         "ATELIER_EDGE_PORT": str(layout.edge_port),
         **(settings or {}),
     }
-    mesh = Mesh(layout.edge_url, var, environment)
+    mesh = Mesh(layout.edge_url, var, environment, root)
     up = mesh.script("up", "--replicas", str(replicas))
     try:
         if up.returncode != 0:
