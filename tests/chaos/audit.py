@@ -73,6 +73,12 @@ class Evidence:
     blobs: Sequence[Blob]
     now: int
 
+    @property
+    def moving(self) -> bool:
+        """Whether something is still under way."""
+        unended = any(row["state"] not in ENDS for row in self.rows["task", "task"])
+        return unended or bool(self.rows["task", "outbox"]) or any(self.queues.values())
+
 
 @dataclass
 class Findings:

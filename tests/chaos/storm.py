@@ -43,8 +43,8 @@ async def storm(mesh: Mesh, *, seed: int, seconds: float, people: int, tell: Tel
     Raises:
         TimeoutError: not everybody got an answer for good, or not everything came back.
     """
-    layout = Layout.from_environment(mesh.environment)
-    journal, chaos, faults, began = Journal(), Chaos(layout, seed=seed), Counter[str](), time.monotonic()
+    chaos = Chaos(Layout.from_environment(mesh.environment), seed=seed)
+    journal, faults, began = Journal(), Counter[str](), time.monotonic()
     load = Load(mesh.url, journal, people=people, seed=seed)
     working = asyncio.create_task(load.run())
     try:
@@ -64,16 +64,15 @@ async def storm(mesh: Mesh, *, seed: int, seconds: float, people: int, tell: Tel
         working.cancel()
     tell(f"{time.monotonic() - began:6.1f} s  everybody has an answer; waiting for rest")
     await eventually(lambda: mesh.script("status").returncode == 0, within_seconds=HEAL_SECONDS)
-    evidence = await at_rest(mesh, layout)
+    evidence = await at_rest(mesh)
     return Report(journal, faults, audited(evidence, journal.jobs), time.monotonic() - began)
 
 
-async def at_rest(mesh: Mesh, layout: Layout) -> Evidence:
+async def at_rest(mesh: Mesh) -> Evidence:
     """Return what a mesh keeps once nothing is under way, or after a while what still is."""
     deadline = time.monotonic() + REST_SECONDS
     while True:
-        evidence = await collected(layout, mesh.environment)
-        moving = evidence.rows["task", "outbox"] or any(evidence.queues.values())
-        if not moving or time.monotonic() > deadline:
+        evidence = await collected(Layout.from_environment(mesh.environment), mesh.environment)
+        if not evidence.moving or time.monotonic() > deadline:
             return evidence
         await asyncio.sleep(1)
