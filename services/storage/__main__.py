@@ -29,6 +29,7 @@ async def main(config: Config) -> None:
     ):
         files, blobs, key = SqlFiles(sql), FolderBlobs(config.blobs_dir), config.secret("capability.key")
         keeping = Keeping(files, blobs, MeshQuota(UserServiceStub(user)), MeshTasks(TaskServiceStub(task)))
+        upkeep = Upkeep(files, blobs, keeping, sweep_seconds=config.sweep_seconds, grace_seconds=config.grace_seconds)
         limit_bytes = contract.installed().methods[UPLOAD].max_request_bytes  # the edge's, too
         await service.serve(
             config,
@@ -36,7 +37,7 @@ async def main(config: Config) -> None:
             partial(add_StorageServiceServicer_to_server, StorageService(files, keeping, key)),
             http=BytesEndpoints(files, blobs, keeping, key, limit_bytes).by_rpc(),
             dependencies=[sql.check],  # not the broker: without it results are confirmed by asking the task service
-            background=[*Upkeep(files, blobs, keeping).work(), *TaskEvents(files).work(bus)],
+            background=[*upkeep.work(), *TaskEvents(files).work(bus)],
         )
 
 

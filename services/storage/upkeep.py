@@ -7,23 +7,33 @@ from services.storage.domain import Blobs, Files
 from services.storage.keeping import Keeping, tried
 
 TEND_SECONDS = 15.0
-SWEEP_SECONDS = 3600.0  # a sweep walks the whole folder
 STALE_SECONDS = 300.0  # much longer than the calls between a row's begin and its end may take together
 UNCONFIRMED_SECONDS = 120.0  # the event comes within a second or so; then the task service is asked
-GRACE_SECONDS = 3600.0  # much longer than an upload may take
 
 
 class Upkeep:
-    """Keeps rows, bytes and quota in agreement while its `work` runs."""
+    """Keeps rows, bytes and quota in agreement while its `work` runs.
 
-    def __init__(self, files: Files, blobs: Blobs, keeping: Keeping) -> None:
+    Args:
+        files: the rows.
+        blobs: the bytes.
+        keeping: takes files away.
+        sweep_seconds: between two walks over all bytes.
+        grace_seconds: how old bytes without a row must be; much longer than an upload may take.
+    """
+
+    def __init__(
+        self, files: Files, blobs: Blobs, keeping: Keeping, *, sweep_seconds: float = 3600, grace_seconds: float = 3600
+    ) -> None:
         self._files = files
         self._blobs = blobs
         self._keeping = keeping
+        self._sweep_seconds = sweep_seconds
+        self._grace_seconds = grace_seconds
 
     def work(self) -> list[Background]:
         """Return what must run for ever."""
-        return [every(TEND_SECONDS, self.tend), every(SWEEP_SECONDS, self.sweep)]
+        return [every(TEND_SECONDS, self.tend), every(self._sweep_seconds, self.sweep)]
 
     async def tend(self) -> None:
         """Undo what broke off, settle what waits for a task, and give quota back."""
@@ -37,7 +47,7 @@ class Upkeep:
     async def sweep(self) -> None:
         """Remove bytes that no row has, and ids that are past their time."""
         await self._files.forget()
-        await self._blobs.remove_leftovers(GRACE_SECONDS)
-        async for prefix, contents in self._blobs.older_than(GRACE_SECONDS):
+        await self._blobs.remove_leftovers(self._grace_seconds)
+        async for prefix, contents in self._blobs.older_than(self._grace_seconds):
             for sha256 in set(contents) - set(await self._files.known_contents(prefix)):
                 await self._keeping.remove_unused(sha256)

@@ -13,7 +13,11 @@ from pathlib import Path
 from tests.chaos.storm import Report, storm
 from tests.installation import running
 
-SETTINGS = {"CONTROL_RATE_SIGN_IN": "1000:5000", "CONTROL_RATE_READ": "5000:5000", "CONTROL_RATE_WRITE": "5000:5000"}
+SETTINGS = {
+    **{f"CONTROL_RATE_{kind}": "5000:5000" for kind in ("SIGN_IN", "READ", "WRITE", "BYTES")},
+    "STORAGE_SWEEP_SECONDS": "20",
+    "STORAGE_GRACE_SECONDS": "60",
+}
 
 
 def main() -> int:
@@ -28,7 +32,7 @@ def main() -> int:
         say(f"Seed {options.seed}. Starting a mesh of its own, {options.replicas} of each …")
         with running(Path(folder) / "var", replicas=options.replicas, settings=SETTINGS) as mesh:
             report = asyncio.run(
-                storm(mesh, seed=options.seed, seconds=options.seconds, people=options.people, tell=say)
+                storm(mesh, seed=options.seed, seconds=options.seconds, people=options.people, tell=say, patient=True)
             )
     tell(report)
     return 1 if report.findings.wrong else 0

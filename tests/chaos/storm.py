@@ -30,15 +30,22 @@ class Report:
     journal: Journal
     faults: Counter[str]
     findings: Findings
-    seconds: float
 
     @property
     def accepted(self) -> int:
         return sum(bool(job.task_ids) for job in self.journal.jobs)
 
 
-async def storm(mesh: Mesh, *, seed: int, seconds: float, people: int, tell: Tell) -> Report:
+async def storm(mesh: Mesh, *, seed: int, seconds: float, people: int, tell: Tell, patient: bool = False) -> Report:
     """Let a storm pass over a running mesh and audit what it leaves.
+
+    Args:
+        mesh: which may have been used before.
+        seed: of the faults.
+        seconds: how long things die.
+        people: how many work at a time.
+        tell: is told of each step.
+        patient: wait, too, for what is put right only after some minutes.
 
     Raises:
         TimeoutError: not everybody got an answer for good, or not everything came back.
@@ -64,8 +71,12 @@ async def storm(mesh: Mesh, *, seed: int, seconds: float, people: int, tell: Tel
         working.cancel()
     tell(f"{time.monotonic() - began:6.1f} s  everybody has an answer; waiting for rest")
     await eventually(lambda: mesh.script("status").returncode == 0, within_seconds=HEAL_SECONDS)
-    evidence = await at_rest(mesh)
-    return Report(journal, faults, audited(evidence, journal.jobs), time.monotonic() - began)
+    findings = audited(await at_rest(mesh), journal.jobs)
+    while patient and findings.pending and not findings.wrong:
+        tell(f"{time.monotonic() - began:6.1f} s  {len(findings.pending)} things are still to be put right")
+        await asyncio.sleep(15)
+        findings = audited(await at_rest(mesh), journal.jobs)
+    return Report(journal, faults, findings)
 
 
 async def at_rest(mesh: Mesh) -> Evidence:
