@@ -28,7 +28,7 @@ from tests.installation import Mesh, running
 from tests.people import registered
 from tests.system.test_identity import answer, leaf, listeners, registry, trusting
 
-pytestmark = pytest.mark.timeout(300)  # the first test waits for it all: half a minute on an idle machine
+pytestmark = pytest.mark.timeout(600)  # the first test waits for it all: half a minute on an idle machine
 
 DOCUMENT = (ROOT / "docs" / "new-service.md").read_text()
 BLOCK = re.compile(
