@@ -115,7 +115,7 @@ def envoy(contract: Contract, image: bytes, known: Known, settings: Settings, sp
             },
         }
     )
-    return with_endpoints(told, clusters, known.catalog)
+    return with_endpoints(told, {name: name for name in clusters}, known.catalog)
 
 
 def _cluster(name: str, settings: Settings, spiffe_id: str) -> Spec:

@@ -151,7 +151,8 @@ class Stream:
         if request.response_nonce != subscription.nonce:
             return  # it has not seen the newest response yet, and will answer that
         subscription.hear(request)
-        names = frozenset(request.resource_names)
+        # gRPC's clients ask by names of an authority (mesh.channel), which end in ours.
+        names = frozenset(name.rpartition("/")[2] for name in request.resource_names)
         if not names and request.type_url in WHOLE and subscription.names <= {ANY}:
             names = frozenset({ANY})  # the older way to ask for all; after names it means none
         subscription.names = names

@@ -67,6 +67,8 @@ class StubTasks(task_pb2_grpc.TaskServiceServicer):
         self._ill = ill
         self._present = 0
         self.most = 0
+        self.port = 0
+        self.health_address = ""
 
     async def GetTask(self, request, context):
         if self._ill:
@@ -160,7 +162,8 @@ class Mesh:
 
     def envoy(self, zone: str = ""):
         authority = self.layout.secrets / "ads-ca.pem"
-        return envoy_running(self.folder, self.control_port, self.edge, authority, zone)
+        ports = [int(address.rpartition(":")[2]) for address in self.config().control_addresses.split(",")]
+        return envoy_running(self.folder, *ports, own=self.edge, authority=authority, zone=zone)
 
     def control(self, **settings: str):
         environment = {**self.environment, **settings}
@@ -188,7 +191,8 @@ class Mesh:
         health_port = health_server.add_insecure_port(f"{HOST}:0")
         await server.start()
         await health_server.start()
-        registration = Registration(service, name, HOST, port, f"{HOST}:{health_port}", {"zone": zone})
+        tasks.port, tasks.health_address = port, f"{HOST}:{health_port}"
+        registration = Registration(service, name, HOST, port, tasks.health_address, {"zone": zone})
         async with discovery.registered(self.config(service), [registration]):
             yield tasks
         await server.stop(None)
@@ -199,8 +203,8 @@ class Mesh:
         """Call `xds:///task` without end; yields who answered, or with what status nobody did."""
         config = self.config("user")
         config.instance, config.zone = "user-1", zone
-        bootstrap = channel.bootstrap(config, self.authority.leaf("user", self.folder / "user-1"))
-        environment = {**os.environ, **self.environment, "GRPC_XDS_BOOTSTRAP_CONFIG": json.dumps(bootstrap)}
+        told = channel.environment(config, self.authority.leaf("user", self.folder / "user-1"))
+        environment = {**os.environ, **self.environment, **told}
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", CLIENT, str(callers), task_id, stdout=asyncio.subprocess.PIPE, env=environment
         )
