@@ -32,7 +32,6 @@ from mesh.control.snapshot import (
     Spec,
     SpiffeId,
     cluster,
-    named,
     snapshot,
     with_endpoints,
 )
@@ -120,10 +119,11 @@ def envoy(contract: Contract, image: bytes, known: Known, settings: Settings, sp
 
 def _cluster(name: str, settings: Settings, spiffe_id: str) -> Spec:
     http: Spec = {"http_protocol_options": {}}
+    named = {"san_type": "URI", "matcher": {"exact": spiffe_id}}
     tls: dict[str, Any] = {
         "tls_certificate_sds_secret_configs": [_secret("leaf", settings.secrets)],
         "combined_validation_context": {
-            "default_validation_context": {"match_typed_subject_alt_names": [named(spiffe_id)]},
+            "default_validation_context": {"match_typed_subject_alt_names": [named]},
             "validation_context_sds_secret_config": _secret("roots", settings.secrets),
         },
     }

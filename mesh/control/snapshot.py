@@ -254,13 +254,10 @@ def _by_provider(spiffe_id: str) -> Spec:
         "tls_certificate_provider_instance": provider,
         "validation_context": {
             "ca_certificate_provider_instance": provider,
-            "match_typed_subject_alt_names": [named(spiffe_id)],
+            # The older field, though deprecated: gRPC reads no other, and would take any service of the mesh for this.
+            "match_subject_alt_names": [{"exact": spiffe_id}],
         },
     }
-
-
-def named(spiffe_id: str) -> Spec:
-    return {"san_type": "URI", "matcher": {"exact": spiffe_id}}
 
 
 def cluster(name: str, tls: Spec, max_requests: int = MAX_REQUESTS) -> dict[str, Any]:

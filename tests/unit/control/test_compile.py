@@ -259,6 +259,13 @@ def test_a_service_that_no_contract_names_can_be_called_by_its_name_in_the_regis
     assert "notification" in grpc_clients({"notification": ()}, contract(GET), str).of(LISTENER)
 
 
+def test_grpc_clients_are_told_whose_certificate_to_expect_in_the_field_that_grpc_reads() -> None:
+    tls = message(grpc_clients({}, contract(GET), "spiffe://mesh/{}".format), CLUSTER, "task")["transport_socket"]
+
+    context = tls["typed_config"]["common_tls_context"]["validation_context"]
+    assert context["match_subject_alt_names"] == [{"exact": "spiffe://mesh/task"}]
+
+
 @pytest.mark.parametrize("idempotent", [True, False])
 def test_grpc_clients_retry_idempotent_calls_only_and_are_given_no_timeouts(idempotent: bool) -> None:
     message = grpc_clients({}, contract(replace(GET, idempotent=idempotent)), str).of(ROUTES)["task"].packed
