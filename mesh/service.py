@@ -28,6 +28,7 @@ from mesh.discovery import Registration
 from mesh.errors import Cancelled, InvalidArgument, MeshError, Unauthenticated, Unavailable
 from mesh.identity import IdentityFeed, RemoteIdentityFeed, Verifier
 from mesh.live import Live
+from mesh.ports import Ports
 
 Register = Callable[[grpc.aio.Server], None]
 Dependency = Callable[[], Awaitable[object]]
@@ -246,6 +247,7 @@ async def serve(
     health = HealthServicer()
     settings = Live(config)
     works, checks, registrations = [settings.follow, *background], list(dependencies), []
+    ports = Ports(config)
 
     def found_as(name: str, instance: str, port: int) -> None:
         registrations.append(Registration(name, instance, config.host, port, health_address, settings.meta))
@@ -260,11 +262,15 @@ async def serve(
             checks.insert(0, verifier.check)
         await hold(_working(works, config))
         if register:
-            port = await hold(_listening(Admission(verifier, rpcs, leaf), register, config, leaf))
+            wanted = ports.wanted("grpc", config.port)
+            port = await hold(_listening(Admission(verifier, rpcs, leaf), register, config, wanted, leaf))
+            ports.keep("grpc", port)
             found_as(config.service, config.instance, port)
         if http:
             application = http_listener.application(http, verifier, rpcs)
-            port = await hold(http_listener.listening(application, config.host, config.http_port, leaf))
+            wanted = ports.wanted("http", config.http_port)
+            port = await hold(http_listener.listening(application, config.host, wanted, leaf))
+            ports.keep("http", port)
             found_as(f"{config.service}-http", f"{config.instance}-http", port)
         if not registrations:  # a worker is seen by its health alone
             found_as(config.service, config.instance, int(health_address.rpartition(":")[2]))
@@ -294,13 +300,13 @@ async def _answering_probes(health: HealthServicer, config: ServiceConfig) -> As
 
 @asynccontextmanager
 async def _listening(
-    admitting: Admission, register: Sequence[Register], config: ServiceConfig, leaf: Leaf
+    admitting: Admission, register: Sequence[Register], config: ServiceConfig, wanted: int, leaf: Leaf
 ) -> AsyncIterator[int]:
     """Hold the gRPC server; yield its port. At the end streams end at once, calls within `drain_seconds`."""
     server = grpc.aio.server(interceptors=[admitting], options=OPTIONS)
     for add in register:
         add(server)
-    port = server.add_secure_port(f"{config.host}:{config.port}", leaf.grpc_server())
+    port = server.add_secure_port(f"{config.host}:{wanted}", leaf.grpc_server())
     await server.start()
     try:
         yield port

@@ -22,6 +22,7 @@ from mesh.control.topology import ADS_META, TopologyService
 from mesh.discovery import Registration
 from mesh.identity import IdentityFeed, RemoteIdentityFeed, Verifier
 from mesh.live import Live
+from mesh.ports import Ports
 from mesh.service import Admission
 
 OPENAPI = contract.IMAGE.parent / "openapi.json"
@@ -100,7 +101,9 @@ async def serve(config: Config, leaf: Leaf, feed: IdentityFeed, stopping: asynci
         # The same behind two certificates: xDS clients ask for a host's name, all others for the service's.
         shown = config.secret("ads.key").encode(), config.secret("ads.pem").encode()
         server.add_secure_port(config.address, leaf.grpc_server(shown))
-        port = server.add_secure_port(f"{config.host}:{config.port}", leaf.grpc_server())
+        ports = Ports(config)
+        port = server.add_secure_port(f"{config.host}:{ports.wanted('grpc', config.port)}", leaf.grpc_server())
+        ports.keep("grpc", port)
         await server.start()
         running = [
             tasks.create_task(plane.run(partial(health.set, "", health_pb2.HealthCheckResponse.SERVING))),
