@@ -80,9 +80,10 @@ class Timestamp(TypeDecorator[datetime]):
 class Database:
     """One database: many readers and, with SQLite, one writer a process."""
 
-    def __init__(self, writer: AsyncEngine, readers: AsyncEngine) -> None:
+    def __init__(self, writer: AsyncEngine, readers: AsyncEngine, path: Path) -> None:
         self._writer = writer
         self._readers = readers
+        self._path = path
 
     def transaction(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open a transaction that may write: committed at the end of the block, rolled back if it raises.
@@ -104,7 +105,11 @@ class Database:
         return _begun(self._readers)
 
     async def check(self) -> None:
-        """Raise Unavailable unless the database answers: a dependency of `mesh.service.serve`."""
+        """Raise Unavailable unless the database answers: a dependency of `mesh.service.serve`.
+
+        Asked by a newcomer: who has the file open is answered even when it is gone.
+        """
+        await asyncio.to_thread(_require_answer, self._path)
         async with self.reading() as connection:
             await connection.execute(text("SELECT 1"))
 
@@ -127,7 +132,7 @@ async def opened(url: str, *, foreign_keys: bool = True) -> AsyncIterator[Databa
     writer = _sqlite_engine(url, begin="BEGIN IMMEDIATE", pool_size=1, foreign_keys=foreign_keys)
     readers = _sqlite_engine(url, begin="BEGIN", pool_size=READERS, query_only=True)
     try:
-        yield Database(writer, readers)
+        yield Database(writer, readers, path)
     finally:
         await readers.dispose()
         await writer.dispose()
@@ -176,6 +181,15 @@ async def _begun(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         if not _is_outage(failure):
             raise
         raise _unavailable(failure.orig) from failure
+
+
+def _require_answer(path: Path) -> None:
+    address = f"{path.absolute().as_uri()}?mode=rw"  # never made anew: an empty one would answer, too
+    try:
+        with closing(sqlite3.connect(address, uri=True, timeout=BUSY_TIMEOUT_MS / 1000)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_schema")
+    except sqlite3.Error as failure:
+        raise _unavailable(failure) from failure
 
 
 def _unavailable(failure: BaseException | None) -> Unavailable:

@@ -75,6 +75,22 @@ def modes(folder: Path) -> set[int]:
     return {stat.S_IMODE(path.stat().st_mode) for path in folder.glob("test.db*")}
 
 
+async def test_a_database_that_is_away_does_not_answer_though_connections_are_open(
+    opened: Database, url: str, tmp_path: Path
+) -> None:
+    path, aside = database.sqlite_path(url), tmp_path / "aside"
+    await opened.check()
+
+    path.rename(aside)
+    with pytest.raises(Unavailable):
+        await opened.check()
+    made_anew = path.exists()
+    aside.rename(path)
+
+    await opened.check()
+    assert not made_anew
+
+
 async def test_two_processes_that_read_then_write_never_fail_nor_lose_a_write(opened: Database, url: str) -> None:
     processes = [await asyncio.create_subprocess_exec(sys.executable, "-c", ADD_IN_TURNS, url) for _ in range(2)]
     statuses = [await process.wait() for process in processes]
