@@ -21,6 +21,7 @@ from mesh.control.known import Known
 from mesh.control.server import Publisher
 from mesh.identity import IdentityFeed, Verifier
 
+CALM_SECONDS = 0.1  # between two snapshots: what flaps in the registry costs its followers no more than that
 EXPIRY_SECONDS = 60.0  # how often the edge is relieved of revocations that concern no valid token any more
 
 FAULTS = "faults/"
@@ -88,6 +89,7 @@ class Plane:
                     Known(self.follower.catalog, self._verifier.jwks, self.faults.ailing, self._verifier.revoked)
                 )
                 await ready()
+                await asyncio.sleep(CALM_SECONDS)
                 await self._changed.wait()
 
     async def _follow_identity(self) -> None:

@@ -14,11 +14,12 @@ from atelier.mesh.v1 import topology_pb2_grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mesh.contract import Contract
-from mesh.control.catalog import PASSING, Seen
+from mesh.control.catalog import Seen
 from mesh.control.faults import Faults
 from mesh.control.plane import Plane
 from mesh.control.server import DiscoveryService, Stream, Subscription
 from mesh.control.snapshot import Snapshot
+from mesh.discovery import PASSING
 
 ADS_META = "ads"
 """What a control plane's registration calls the address at which it shows a host's certificate."""

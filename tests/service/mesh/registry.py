@@ -103,7 +103,11 @@ class Registry:
         async with self._changed:
             await self._changed.wait_for(lambda: self._index > int(request.query.get("index") or 0))
         found = self.passing.get(request.match_info["name"], [])
-        nodes = [{"Service": {"Address": host, "Port": port}} for host, port in found]
+        checks = [
+            {"ServiceID": "", "Status": "passing", "Output": ""},
+            {"ServiceID": "it", "Status": "passing", "Output": ""},
+        ]
+        nodes = [{"Service": {"ID": "it", "Address": host, "Port": port}, "Checks": checks} for host, port in found]
         return web.json_response(nodes, headers={"X-Consul-Index": str(self._index)})
 
 
