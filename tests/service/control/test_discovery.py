@@ -6,6 +6,8 @@ All tests share one mesh, in which two instances of task serve; each test leaves
 from __future__ import annotations
 
 import asyncio
+import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,7 +16,9 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from mesh import discovery
 from mesh.control import known
+from mesh.control.plane import CALM_SECONDS
 from tests.eventually import eventually
 from tests.ports import free_port
 from tests.service.control.conftest import HOST
@@ -40,10 +44,14 @@ class World:
         settings = {"ATELIER_INSTANCE": name, "CONTROL_ADDRESS": f"{HOST}:{port}"}
         self.controls[name] = await self.stack.enter_async_context(self.mesh.control(**settings))
 
-    def serving(self, name: str = "control-1") -> set[str]:
-        """Return the instances of task that a control plane tells of."""
-        catalog = known.load(self.mesh.folder / f"{name}.json").catalog
-        return {each.instance_id for each in catalog.get("task", ())}
+    def serving(self, control: str = "control-1", service: str = "task") -> set[str]:
+        """Return the instances of a service that a control plane tells of."""
+        catalog = known.load(self.mesh.folder / f"{control}.json").catalog
+        return {each.instance_id for each in catalog.get(service, ())}
+
+    def published(self) -> int:
+        """Return how many snapshots the control planes have published."""
+        return (self.mesh.folder / "control.log").read_text().count('"published"')
 
     async def only(self, *names: str, within_seconds: float = 20) -> None:
         """Wait until both kinds of client are answered by all of `names` and by nobody else."""
@@ -62,8 +70,8 @@ async def _call_the_edge(mesh: Mesh, edges: list[str]) -> None:
     async with httpx.AsyncClient(base_url=url, headers=mesh.keys.bearer(lives_seconds=3600)) as client:
         while True:
             try:
-                answer = (await client.get("tasks/t")).json()
-                edges.append(answer["taskId"] if "taskId" in answer else answer["details"][0]["reason"])
+                answer = await client.get("tasks/t")
+                edges.append(answer.json()["taskId"] if answer.status_code == 200 else answer.text)
             except httpx.TransportError as error:
                 edges.append(type(error).__name__)
             await asyncio.sleep(0.02)
@@ -81,6 +89,8 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
         await stack.enter_async_context(mesh.instance("auth-1", "auth"))
         await stack.enter_async_context(mesh.instance("task-1"))
         await stack.enter_async_context(mesh.instance("task-2"))
+        for name in made.controls:  # whoever asks one that is not there yet waits long before he asks again
+            await eventually(lambda name=name: made.serving(name) == {"task-1", "task-2"}, within_seconds=60)
         await stack.enter_async_context(mesh.envoy())
         made.heard = await stack.enter_async_context(mesh.client())
         await eventually(lambda: edge_only(mesh, "task-1", "task-2"), within_seconds=30)
@@ -117,3 +127,138 @@ async def test_one_control_plane_dies_and_all_hear_of_changes_from_the_other(wor
 
             await world.start_control(name)
             await eventually(lambda name=name: world.serving(name) == {"task-1", "task-2"}, within_seconds=20)
+
+
+async def test_a_third_instance_serves_its_third_of_the_calls_within_a_second_of_passing(world: World) -> None:  # R-04
+    async with no_call_fails(world), world.registry() as consul, world.mesh.instance("task-3"):
+
+        async def passes() -> bool:
+            return len((await consul.get("health/service/task?passing")).json()) == 3
+
+        await eventually(passes, within_seconds=20)
+        passed_at, heard, edges = time.monotonic(), len(world.heard), len(world.edges)
+        await eventually(lambda: {"task-3"} <= {*world.heard[heard:]} & {*world.edges[edges:]}, within_seconds=3 * 1)
+        print(f"the third instance serves after {time.monotonic() - passed_at:.2f} s")
+        heard, edges = len(world.heard), len(world.edges)
+        await eventually(lambda: len(world.heard) > heard + 30 and len(world.edges) > edges + 30, within_seconds=20)
+
+        for answers in (world.heard[heard:][:30], world.edges[edges:][:30]):
+            assert 9 <= answers.count("task-3") <= 11, answers
+
+
+async def test_an_instance_that_flaps_fails_no_call_and_floods_nobody(world: World) -> None:
+    flips, pause_seconds = 60, 0.05
+    async with no_call_fails(world), world.registry() as consul, world.mesh.instance("task-3") as third:
+        await world.only("task-1", "task-2", "task-3")
+        await register(consul, "flapping", third.port, TTL="60s")
+        before, began = world.published(), time.monotonic()
+
+        for _ in range(flips // 2):
+            await consul.put("agent/check/pass/service:flapping")
+            await asyncio.sleep(pause_seconds)
+            await consul.put("agent/check/fail/service:flapping")
+            await asyncio.sleep(pause_seconds)
+
+        elapsed_seconds = time.monotonic() - began
+        await consul.put("agent/service/deregister/flapping")
+        published = world.published() - before
+    print(f"{published} snapshots of two control planes after {flips} flips in {elapsed_seconds:.1f} s")
+    assert 4 <= published <= 2 * (elapsed_seconds / CALM_SECONDS + 1)
+
+
+async def test_an_entry_that_leads_to_nobody_is_sent_no_call(world: World) -> None:
+    port = free_port()
+    async with no_call_fails(world), world.registry() as consul:
+        await register(consul, "unchecked", port)
+        await register(consul, "dead", port, GRPC=f"{HOST}:{port}", Interval="1s")
+        async with world.mesh.instance("task-3"):  # once this is known, so are those
+            await world.only("task-1", "task-2", "task-3")
+
+            assert world.serving() == {"task-1", "task-2", "task-3"}
+        for name in ("unchecked", "dead"):
+            await consul.put(f"agent/service/deregister/{name}")
+
+
+async def test_an_entry_that_leads_to_another_service_is_refused_by_its_certificate(world: World) -> None:
+    async with no_call_fails(world), world.registry() as consul, world.mesh.instance("user-9", "user") as stranger:
+        await register(consul, "ghost", stranger.port, GRPC=stranger.health_address, Interval="1s")
+        await eventually(lambda: "ghost" in world.serving(), within_seconds=20)
+        heard, edges = len(world.heard), len(world.edges)
+
+        await eventually(lambda: len(world.heard) > heard + 60 and len(world.edges) > edges + 60, within_seconds=30)
+
+        await consul.put("agent/service/deregister/ghost")
+        assert stranger.most == 0  # of calls at a time
+
+
+async def register(consul: httpx.AsyncClient, name: str, port: int, **check: str) -> None:
+    """Write an instance of task into the registry by hand."""
+    entry = {"Name": "task", "ID": name, "Address": HOST, "Port": port}
+    answer = await consul.put("agent/service/register", json={**entry, "Check": check} if check else entry)
+    assert answer.status_code == 200, answer.text
+
+
+IDLER = """
+import asyncio, sys
+import grpc
+from atelier.task.v1 import task_pb2, task_pb2_grpc
+
+async def main():
+    credentials, options = grpc.xds_channel_credentials(), [("grpc.client_idle_timeout_ms", 1000)]
+    async with grpc.aio.secure_channel("xds:///media", credentials, options=options) as channel:
+        stub = task_pb2_grpc.TaskServiceStub(channel)
+        print((await stub.GetTask(task_pb2.GetTaskRequest(), timeout=10, wait_for_ready=True)).task_id, flush=True)
+        while channel.get_state() is not grpc.ChannelConnectivity.IDLE:
+            await asyncio.sleep(0.1)
+        print("idle", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        print(channel.get_state().name, flush=True)
+        print((await stub.GetTask(task_pb2.GetTaskRequest(), timeout=10)).task_id, flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_channel_that_idled_while_every_instance_was_replaced_recovers(world: World) -> None:  # R-12
+    pipe = asyncio.subprocess.PIPE
+    async with AsyncExitStack() as first, AsyncExitStack() as later:
+        await first.enter_async_context(world.mesh.instance("media-1", "media"))
+        await first.enter_async_context(world.mesh.instance("media-2", "media"))
+        idler = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", IDLER, stdin=pipe, stdout=pipe, env=world.mesh.as_user()
+        )
+        told = [(await idler.stdout.readline()).decode().strip() for _ in range(2)]
+
+        await later.enter_async_context(world.mesh.instance("media-3", "media"))
+        await later.enter_async_context(world.mesh.instance("media-4", "media"))
+        await eventually(lambda: {"media-3", "media-4"} <= world.serving(service="media"), within_seconds=20)
+        await first.aclose()
+        await eventually(lambda: world.serving(service="media") == {"media-3", "media-4"}, within_seconds=20)
+        output, _ = await idler.communicate(b"go on\n")
+
+    assert told[0] in {"media-1", "media-2"}
+    assert told[1] == "idle"
+    assert output.decode().split()[0] == "IDLE"  # it did not notice what happened
+    assert output.decode().split()[1] in {"media-3", "media-4"}
+
+
+async def test_a_registry_put_back_to_an_earlier_state_is_believed_and_followed_on(world: World) -> None:
+    async with world.registry() as consul, discovery.followed("task", world.mesh.config()) as endpoints:
+
+        async def index() -> int:
+            return int((await consul.get("kv/faults/?recurse")).headers["x-consul-index"])
+
+        await eventually(lambda: len(endpoints.addresses()) == 2, within_seconds=20)
+        earlier = (await consul.get("snapshot")).content
+        await world.mesh.put("faults/task", {"abort_code": "RESOURCE_EXHAUSTED", "abort_fraction": 1})
+        await eventually(lambda: only(world.heard, "RESOURCE_EXHAUSTED"), within_seconds=20)
+        before = await index()
+
+        assert (await consul.put("snapshot", content=earlier)).status_code == 200
+
+        await world.only("task-1", "task-2")
+        assert await index() < before
+        async with world.mesh.instance("task-3"):
+            await world.only("task-1", "task-2", "task-3")
+            await eventually(lambda: len(endpoints.addresses()) == 3, within_seconds=20)
+        await eventually(lambda: len(endpoints.addresses()) == 2, within_seconds=20)
