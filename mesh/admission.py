@@ -13,6 +13,7 @@ from mesh.context import Request
 from mesh.contract import Method
 from mesh.errors import DeadlineExceeded, Internal, MeshError, PermissionDenied
 from mesh.identity import Verifier
+from mesh.intentions import Intentions
 
 log = logging.getLogger(__name__)
 audit_log = logging.getLogger("atelier.audit")
@@ -29,7 +30,13 @@ class RoleRequired(PermissionDenied):
 
 
 def admit(
-    method: Method, caller: str, metadata: Mapping[str, str], verifier: Verifier, seconds: float | None
+    method: Method,
+    caller: str,
+    metadata: Mapping[str, str],
+    verifier: Verifier,
+    intentions: Intentions,
+    *,
+    seconds: float | None,
 ) -> Request:
     """Make the request that `metadata` describes the present one, and return it if the policy of `method` lets it in.
 
@@ -38,10 +45,11 @@ def admit(
         caller: the service that calls, by its certificate; empty for one of no mesh.
         metadata: metadata or headers, by lower-case key.
         verifier: checks the token.
+        intentions: may take back what the policy allows, and nothing else.
         seconds: what the caller left of its time; None for no limit of its own.
 
     Raises:
-        CallerNotAllowed, RoleRequired, and whatever `Verifier.user` raises.
+        CallerNotAllowed, RoleRequired, and whatever `Intentions.require_allowed` and `Verifier.user` raise.
     """
     request = Request(
         caller=caller,
@@ -56,6 +64,7 @@ def admit(
             f"{request.caller or 'A stranger'} may not call {method.full_name}.",
             metadata={"caller": request.caller, "method": method.full_name},
         )
+    intentions.require_allowed(request.caller)
     if method.access in ("USER", "ADMIN"):
         user = verifier.user(metadata.get("authorization"))
         request = Request(request.caller, user, request.request_id, request.deadline, metadata)

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import consul.aio
 from consul import Check, ConsulException
+from consul.callback import CB
 
 from mesh import VERSION
 from mesh.config import ServiceConfig
@@ -90,6 +91,19 @@ async def answers(
         else:
             index = last = int(text)
             yield answer
+
+
+def asking(client: consul.aio.Consul, path: str) -> Callable[..., Awaitable[tuple[str, Any]]]:
+    """Return the blocking query, for `answers`, of a path for which the client has no method."""
+
+    def ask(**parameters: Any) -> Awaitable[tuple[str, Any]]:
+        found = [(name, value) for name, value in parameters.items() if value is not None]
+        asked: Awaitable[tuple[str, Any]] = client.http.get(
+            CB.json(index=True), path, params=found, headers=client.prepare_headers()
+        )
+        return asked
+
+    return ask
 
 
 @dataclass(frozen=True, slots=True)

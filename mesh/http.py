@@ -24,6 +24,7 @@ from mesh.certificates import Leaf, peer_spiffe_id
 from mesh.contract import Contract, Method
 from mesh.errors import Cancelled, MeshError, NotFound, PayloadTooLarge
 from mesh.identity import Verifier
+from mesh.intentions import Intentions
 
 LINGER_BYTES = 256 * 1024 * 1024  # beyond, the connection is closed under the sender's hands
 LINGER_SECONDS = 30.0
@@ -36,27 +37,30 @@ class RouteNotFound(NotFound):
     reason = "ROUTE_NOT_FOUND"
 
 
-def application(endpoints: Mapping[str, Endpoint], verifier: Verifier, rpcs: Contract) -> Starlette:
+def application(
+    endpoints: Mapping[str, Endpoint], verifier: Verifier, intentions: Intentions, rpcs: Contract
+) -> Starlette:
     """Return the ASGI application that serves `endpoints`, which are named by their rpc."""
     routes = []
     for name, endpoint in endpoints.items():
         method = rpcs.methods[name]
         if not method.bytes or method.http is None:
             raise ValueError(f"{name} is not served over HTTP: its policy does not say `bytes`")
-        routes.append(Route(method.http.path, _admitting(endpoint, method, verifier), methods=[method.http.verb]))
+        admitting = _admitting(endpoint, method, verifier, intentions)
+        routes.append(Route(method.http.path, admitting, methods=[method.http.verb]))
     made = Starlette(routes=routes, exception_handlers={404: _no_route, 405: _no_route})
     made.router.redirect_slashes = False  # to an address that only the mesh can reach
     return made
 
 
-def _admitting(endpoint: Endpoint, method: Method, verifier: Verifier) -> Endpoint:
+def _admitting(endpoint: Endpoint, method: Method, verifier: Verifier, intentions: Intentions) -> Endpoint:
     async def serve(request: Request) -> Response:
         metadata = {key.decode("latin-1"): value.decode("latin-1") for key, value in request.headers.raw}
         deadline: asyncio.Timeout | None = None
         failure: MeshError
         try:
             with telemetry.server_span(method.full_name, metadata):
-                admitted = admission.admit(method, request.state.caller, metadata, verifier, None)
+                admitted = admission.admit(method, request.state.caller, metadata, verifier, intentions, seconds=None)
                 async with asyncio.timeout_at(admitted.deadline) as deadline:
                     response = await endpoint(request)
                 admission.audit(method, None)

@@ -28,7 +28,10 @@ _READ, _WRITE = {"policy": "read"}, {"policy": "write"}
 _MORE: Mapping[str, Mapping[str, Any]] = {
     "control": {"service_prefix": {"": _READ}, "key_prefix": {"faults/": _READ}},
     # No service: whoever looks after the installation sees everything, and turns what is meant to be turned.
-    "operator": {"service_prefix": {"": _READ}, "key_prefix": {"config/": _WRITE, "faults/": _WRITE}},
+    "operator": {
+        "service_prefix": {"": {**_READ, "intentions": "write"}},
+        "key_prefix": {"config/": _WRITE, "faults/": _WRITE},
+    },
 }
 
 log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import grpc
@@ -25,8 +26,9 @@ from mesh.config import ServiceConfig
 from mesh.context import Request
 from mesh.contract import Contract, Method
 from mesh.discovery import Registration
-from mesh.errors import Cancelled, InvalidArgument, MeshError, Unauthenticated, Unavailable
+from mesh.errors import Cancelled, InvalidArgument, MeshError, PermissionDenied, Unauthenticated, Unavailable
 from mesh.identity import IdentityFeed, RemoteIdentityFeed, Verifier
+from mesh.intentions import Intentions
 from mesh.live import Live
 from mesh.ports import Ports
 
@@ -66,19 +68,24 @@ class Admission(grpc.aio.ServerInterceptor):
 
     Args:
         verifier: of people's tokens.
+        intentions: what operators take from what the policies allow.
         rpcs: the policies.
         leaf: our certificate; callers must be of the same mesh.
         beside: full names of rpcs that are no contract of ours and admit callers themselves.
     """
 
-    def __init__(self, verifier: Verifier, rpcs: Contract, leaf: Leaf, beside: Collection[str] = ()) -> None:
+    def __init__(
+        self, verifier: Verifier, intentions: Intentions, rpcs: Contract, leaf: Leaf, beside: Collection[str] = ()
+    ) -> None:
         self._beside = beside
+        self._intentions = intentions
         self._verifier = verifier
         self._leaf = leaf
         self._rpcs = rpcs
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         self._streams: dict[asyncio.Timeout, Request] = {}
         verifier.on_revocation = self.end_revoked_streams
+        intentions.on_change = self.end_denied_streams
 
     def end_streams(self) -> None:
         """End every open stream with UNAVAILABLE: some last for hours, and their clients resume elsewhere."""
@@ -93,6 +100,14 @@ class Admission(grpc.aio.ServerInterceptor):
                     self._verifier.require_unrevoked(request.user)
                 except Unauthenticated as error:
                     _end(deadline, request, error)
+
+    def end_denied_streams(self) -> None:
+        """End the open streams of services that may not call any more."""
+        for deadline, request in self._streams.items():
+            try:
+                self._intentions.require_allowed(request.caller)
+            except PermissionDenied as error:
+                _end(deadline, request, error)
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         name = handler_call_details.method
@@ -155,7 +170,9 @@ class Admission(grpc.aio.ServerInterceptor):
         try:
             with telemetry.server_span(method.full_name, metadata):
                 caller = self._leaf.caller(call)
-                request = admission.admit(method, caller, metadata, self._verifier, call.time_remaining())
+                request = admission.admit(
+                    method, caller, metadata, self._verifier, self._intentions, seconds=call.time_remaining()
+                )
                 message = _read(body, read)
                 _fill_request_id(message, metadata)
                 bounds.check(message)
@@ -243,7 +260,7 @@ async def serve(
     """
     telemetry.configure(config.service, config.instance)
     stopping = _stop_signal()
-    verifier, rpcs = Verifier(), contract.installed()
+    verifier, intentions, rpcs = Verifier(), Intentions(leaf), contract.installed()
     health = HealthServicer()
     settings = Live(config)
     works, checks, registrations = [settings.follow, *background], list(dependencies), []
@@ -259,15 +276,16 @@ async def serve(
         if register or http:
             feed = identity or RemoteIdentityFeed(await hold(channel.opened("auth", config, leaf)))
             works.append(lambda: verifier.follow(feed))
-            checks.insert(0, verifier.check)
+            works.append(partial(intentions.follow, config))
+            checks[:0] = [intentions.check, verifier.check]
         await hold(_working(works, config))
         if register:
             wanted = ports.wanted("grpc", config.port)
-            port = await hold(_listening(Admission(verifier, rpcs, leaf), register, config, wanted, leaf))
+            port = await hold(_listening(Admission(verifier, intentions, rpcs, leaf), register, config, wanted, leaf))
             ports.keep("grpc", port)
             found_as(config.service, config.instance, port)
         if http:
-            application = http_listener.application(http, verifier, rpcs)
+            application = http_listener.application(http, verifier, intentions, rpcs)
             wanted = ports.wanted("http", config.http_port)
             port = await hold(http_listener.listening(application, config.host, wanted, leaf))
             ports.keep("http", port)

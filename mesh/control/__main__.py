@@ -21,6 +21,7 @@ from mesh.control.server import DiscoveryService, Publisher
 from mesh.control.topology import ADS_META, TopologyService
 from mesh.discovery import Registration
 from mesh.identity import IdentityFeed, RemoteIdentityFeed, Verifier
+from mesh.intentions import Intentions
 from mesh.live import Live
 from mesh.ports import Ports
 from mesh.service import Admission
@@ -63,7 +64,7 @@ async def main(config: Config) -> None:
 
 async def serve(config: Config, leaf: Leaf, feed: IdentityFeed, stopping: asyncio.Event) -> None:
     publisher, verifier, rpcs, live = Publisher(), Verifier(), contract.installed(), Live(config)
-    served = DiscoveryService(publisher, leaf.caller)
+    served, intentions = DiscoveryService(publisher, leaf.caller), Intentions(leaf)
     live.meta[ADS_META] = config.address
 
     def peer(address: str) -> grpc.aio.Channel:
@@ -93,7 +94,8 @@ async def serve(config: Config, leaf: Leaf, feed: IdentityFeed, stopping: asynci
             publisher=publisher,
             verifier=verifier,
         )
-        server = grpc.aio.server(interceptors=[Admission(verifier, rpcs, leaf, beside={ADS})], options=OPTIONS)
+        admitting = Admission(verifier, intentions, rpcs, leaf, beside={ADS})
+        server = grpc.aio.server(interceptors=[admitting], options=OPTIONS)
         ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(served, server)
         topology_pb2_grpc.add_TopologyServiceServicer_to_server(
             TopologyService(config.instance, plane, served, rpcs, peer), server
@@ -108,6 +110,7 @@ async def serve(config: Config, leaf: Leaf, feed: IdentityFeed, stopping: asynci
         running = [
             tasks.create_task(plane.run(partial(health.set, "", health_pb2.HealthCheckResponse.SERVING))),
             tasks.create_task(live.follow()),
+            tasks.create_task(intentions.follow(config)),
         ]
         registration = Registration(config.service, config.instance, config.host, port, health_address, live.meta)
         async with discovery.registered(config, [registration]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from mesh.control.faults import Faults
 from mesh.control.known import Known
 from mesh.control.server import Publisher
 from mesh.identity import IdentityFeed, Verifier
+from mesh.intentions import ALL, Intention, from_consul
 
 CALM_SECONDS = 0.1  # between two snapshots: what flaps in the registry costs its followers no more than that
 EXPIRY_SECONDS = 60.0  # how often the edge is relieved of revocations that concern no valid token any more
@@ -71,6 +72,8 @@ class Plane:
         self._verifier = verifier
         verifier.restore(last.jwks, last.revoked)
         self.faults = Faults()
+        self.intentions: Sequence[Intention] = ()
+        """All of the mesh, for people to look at; each service follows those about itself."""
         names = {method.owner for method in contract.methods.values()}
         names |= {f"{method.owner}-http" for method in contract.methods.values() if method.bytes}
         self.follower = Follower(client, names, last.catalog, self._changed.set)
@@ -81,6 +84,7 @@ class Plane:
             group.create_task(self.follower.run())
             group.create_task(self._follow_faults())
             group.create_task(self._follow_identity())
+            group.create_task(self._follow_intentions())
             group.create_task(self._expire())
             await self.follower.complete.wait()
             while True:
@@ -120,6 +124,10 @@ class Plane:
                 )
                 self._changed.set()
             self.faults = faults
+
+    async def _follow_intentions(self) -> None:
+        async for found in discovery.answers(self._client, discovery.asking(self._client, ALL)):
+            self.intentions = from_consul(found)
 
     async def _publish(self, present: Known) -> None:
         try:

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mesh import certificates, errors
 from mesh.channel import MeshChannel
+from mesh.intentions import FILE
 from tests.authority import grpc_client, leaf
 from tests.eventually import eventually
 from tests.mesh_server import JWKS, headers
@@ -77,10 +78,14 @@ class Tiny:
 
 
 @asynccontextmanager
-async def started(folder: Path) -> AsyncIterator[Tiny]:
+async def started(folder: Path, *, kept: str | None = "[]", forbids: bool = False) -> AsyncIterator[Tiny]:
+    """Run it, with the intentions of an earlier life; a registry that forbids does not tell it of others."""
     (folder / "jwks").write_text(JWKS)
     certificates.write(folder / "identity" / "task-1", leaf("task").present)
+    if kept is not None:
+        (folder / "identity" / "task-1" / FILE).write_text(kept)
     async with running() as registry:
+        registry.forbids = forbids
         settings = config(folder, registry.url)
         environment = {
             "ATELIER_CONSUL_URL": registry.url,
@@ -155,6 +160,27 @@ async def test_a_stop_takes_it_out_of_the_registry_finishes_calls_and_ends_strea
     assert await asyncio.wait_for(tiny.process.wait(), 5) == 0
     assert tiny.registry.services == {}
     assert tiny.said()[-1] == "stopped"
+
+
+async def test_born_without_being_told_of_intentions_it_obeys_those_of_its_last_life(tmp_path: Path) -> None:
+    kept = '[{"source": "edge", "destination": "*", "precedence": 6, "allows": false}]'
+    async with started(tmp_path, kept=kept, forbids=True) as tiny:
+        with pytest.raises(errors.PermissionDenied) as refused:
+            await (await tiny.stub()).GetTask(GET)
+
+    assert refused.value.reason == "CALLER_DENIED_BY_INTENTION"
+
+
+async def test_it_does_not_serve_before_it_has_ever_heard_of_intentions(tmp_path: Path) -> None:
+    async with started(tmp_path, kept=None, forbids=True) as tiny:
+        await eventually(lambda: tiny.registry.matches, within_seconds=30)
+        before = await tiny.health()
+
+        tiny.registry.forbids = False
+
+        await eventually(tiny.is_serving, within_seconds=30)
+    assert before == NOT_SERVING
+    assert (tmp_path / "identity" / "task-1" / FILE).read_text() == "[]"
 
 
 async def test_a_second_signal_ends_it_at_once(tiny: Tiny) -> None:

@@ -18,6 +18,7 @@ from mesh import context, contract, errors
 from mesh import http as http_listener
 from mesh.contract import Contract
 from mesh.identity import Verifier
+from mesh.intentions import Intention, Intentions
 from tests.authority import leaf
 from tests.eventually import eventually
 from tests.mesh_server import SERVICE, headers, serving
@@ -198,10 +199,28 @@ async def test_what_is_not_in_the_contract_is_not_there() -> None:
     assert [(answer.status_code, reason(answer)) for answer in answers] == [(404, "ROUTE_NOT_FOUND")] * len(calls)
 
 
+async def test_an_intention_refuses_on_connections_that_are_open_and_lets_in_when_it_goes() -> None:
+    async with (
+        serving(http={UPLOAD: whoami}) as server,
+        httpx.AsyncClient(base_url=server.http_url, headers=headers("usr_1"), verify=server.tls("edge")) as client,
+    ):
+        before = await client.post("/api/v1/files")
+        server.intend(Intention("edge", "storage", 9, allows=False))
+        refused = await client.post("/api/v1/files")
+        server.intend()
+        after = await client.post("/api/v1/files")
+
+    assert (before.status_code, refused.status_code, after.status_code) == (200, 403, 200)
+    assert reason(refused) == "CALLER_DENIED_BY_INTENTION"
+
+
 async def test_an_rpc_that_is_not_for_bytes_cannot_be_served_here() -> None:
     with pytest.raises(ValueError, match="does not say `bytes`"):
         http_listener.application(
-            {"/atelier.storage.v1.StorageService/GetFile": whoami}, Verifier(), contract.installed()
+            {"/atelier.storage.v1.StorageService/GetFile": whoami},
+            Verifier(),
+            Intentions(leaf(SERVICE)),
+            contract.installed(),
         )
 
 
@@ -273,10 +292,11 @@ async def test_a_listener_that_stops_finishes_what_is_under_way() -> None:
         await go_on.wait()
         return Response("done")
 
-    verifier = Verifier()
+    verifier, intentions = Verifier(), Intentions(leaf(SERVICE))
+    intentions.take([])
     endpoints = {READ_INPUT: wait}
     listener = http_listener.Listener(
-        http_listener.application(endpoints, verifier, contract.installed()), "127.0.0.1", 0, leaf(SERVICE)
+        http_listener.application(endpoints, verifier, intentions, contract.installed()), "127.0.0.1", 0, leaf(SERVICE)
     )
     running = asyncio.create_task(listener.run())
     async with httpx.AsyncClient(
