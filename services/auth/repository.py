@@ -10,8 +10,10 @@ from typing import Any
 from sqlalchemy import Row, delete, exists, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from mesh import lock
 from mesh.database import Database, insert_if_absent
 from services.auth.domain import (
+    FORGET,
     RefreshToken,
     Revocation,
     Session,
@@ -22,7 +24,7 @@ from services.auth.domain import (
     session_revocation,
     session_revoked,
 )
-from services.auth.tables import refresh_token, signing_key
+from services.auth.tables import lock_table, refresh_token, signing_key
 from services.auth.tables import revocation as revocation_table
 from services.auth.tables import session as session_table
 
@@ -74,9 +76,10 @@ class SqlSessions:
         async with self._database.transaction() as connection:
             await _revoke(connection, every if all_sessions else one, now)
 
-    async def forget(self, now: datetime) -> None:
+    async def forget(self, now: datetime, fence: int) -> None:
         kept = exists().where(refresh_token.c.session_id == session_table.c.session_id)
         async with self._database.transaction() as connection:
+            await lock.require(connection, lock_table, FORGET, fence)
             await connection.execute(delete(refresh_token).where(refresh_token.c.expire_time <= now))
             await connection.execute(delete(session_table).where(~kept))
 

@@ -11,10 +11,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh import idempotency, inbox
+from mesh import idempotency, inbox, lock
 from mesh.database import Database, insert_if_absent, now
-from services.storage.domain import File, FileNotFound, NewFile, Usage, fingerprint
-from services.storage.tables import debt, file, idempotency_table, inbox_table
+from services.storage.domain import SWEEP, File, FileNotFound, NewFile, Usage, fingerprint
+from services.storage.tables import debt, file, idempotency_table, inbox_table, lock_table
 
 SOME = 100  # rows that one round of upkeep takes at most, so that a round stays short
 EVENTS_KEPT = timedelta(days=7)  # far longer than the broker redelivers
@@ -135,15 +135,18 @@ class SqlFiles:
             return set((await connection.execute(known)).scalars())
 
     @asynccontextmanager
-    async def unused(self, sha256: str) -> AsyncIterator[bool]:
+    async def unused(self, sha256: str, fence: int | None = None) -> AsyncIterator[bool]:
         # It stays so because SQLite has one writer: no row can come while this transaction lasts, and an upload
         # brings its own bytes after its row. A database with several writers needs a lock on the content, here
         # and in `begin`.
         async with self._database.transaction() as connection:
+            if fence is not None:
+                await lock.require(connection, lock_table, SWEEP, fence)
             yield await _one(connection, file.c.sha256 == sha256) is None
 
-    async def forget(self) -> None:
+    async def forget(self, fence: int) -> None:
         async with self._database.transaction() as connection:
+            await lock.require(connection, lock_table, SWEEP, fence)
             await idempotency.forget(connection, idempotency_table)
             await inbox.forget(connection, inbox_table, EVENTS_KEPT)
 

@@ -9,9 +9,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, Select, String, TextClause, func, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh import idempotency, outbox
+from mesh import idempotency, lock, outbox
 from mesh.database import Database, Timestamp, insert_if_absent, now
 from services.task.domain import (
+    FORGET,
     Change,
     Event,
     Failure,
@@ -26,7 +27,7 @@ from services.task.domain import (
     Version,
     require_found,
 )
-from services.task.tables import QUEUED, RUNNING, idempotency_table, outbox_table
+from services.task.tables import QUEUED, RUNNING, idempotency_table, lock_table, outbox_table
 from services.task.tables import task as task_table
 from services.task.tables import task_event as event_table
 
@@ -147,8 +148,9 @@ class SqlTasks:
             due = _due(pool, await now(connection) - waited)
             return (await connection.execute(select(func.count()).where(*due))).scalar_one()
 
-    async def forget(self) -> None:
+    async def forget(self, fence: int) -> None:
         async with self._database.transaction() as connection:
+            await lock.require(connection, lock_table, FORGET, fence)
             await idempotency.forget(connection, idempotency_table)
 
     def _committed(self, task_id: str) -> None:

@@ -1,6 +1,7 @@
 """What no request does: takes tasks from lost workers, and replaces permits that the broker does not hold.
 
-Every replica runs one. Each step judges anew inside its transaction, so that two at once do no harm.
+Every replica runs one, and needs no lock: each step judges anew inside its transaction, so that two at once do no harm.
+Only what nobody misses for a day is left to one replica.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Protocol
 
 from mesh import ids
 from mesh.errors import Unavailable
+from mesh.lock import Locks
 from mesh.outbox import Message
 from mesh.service import Background, every
 from services.task import convert, domain
@@ -64,12 +66,12 @@ class Upkeep:
         # While no replica ran, no worker could renew: each gets one lease to say that it lives.
         self._reap_from = monotonic() + (terms().lease + terms().slack).total_seconds()
 
-    def work(self) -> list[Background]:
+    def work(self, locks: Locks) -> list[Background]:
         """Return what must run for ever: apart, so that a broker that is away does not keep lost tasks waiting."""
         return [
             every(REAP_SECONDS, self.reap),
             every(REPLENISH_SECONDS, self.replenish),
-            every(FORGET_SECONDS, self._tasks.forget),
+            locks.alone(domain.FORGET, FORGET_SECONDS, self._tasks.forget),
         ]
 
     async def reap(self) -> None:

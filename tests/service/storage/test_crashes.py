@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 
-from mesh import database, ids
+from mesh import database, ids, lock
 from services.storage.domain import NewFile, UploadUndone
 from services.storage.keeping import Keeping
 from services.storage.repository import SqlFiles
@@ -68,7 +68,7 @@ async def keep(keeping: Keeping, world, new: NewFile, request_id: str = ""):
 async def tidied(world) -> None:
     await world.age()
     await world.upkeep.tend()
-    await world.upkeep.sweep()
+    await world.upkeep.sweep(await world.elected())
 
 
 async def in_agreement(world) -> bool:
@@ -174,7 +174,9 @@ async def test_several_replicas_tidy_up_at_once(world):
         files = SqlFiles(sql)
         replica = Upkeep(files, world.blobs, Keeping(files, world.blobs, world.quota, world.judge))
 
-        await asyncio.gather(world.upkeep.tend(), replica.tend(), world.upkeep.sweep(), replica.sweep())
+        fence = await world.elected()
+
+        await asyncio.gather(world.upkeep.tend(), replica.tend(), world.upkeep.sweep(fence), replica.sweep(fence))
 
     assert await world.rows() == {kept.file_id: SHA256}
     assert await in_agreement(world)
@@ -186,9 +188,25 @@ async def test_a_sweep_removes_bytes_that_no_row_has_and_no_others(world):
         await world.blobs.keep(incoming)
     await world.age()
 
-    await world.upkeep.sweep()
+    await world.upkeep.sweep(await world.elected())
 
     assert world.contents() == {kept.sha256}
+
+
+async def test_a_sweep_whose_replica_has_been_replaced_removes_nothing(world):
+    async with world.blobs.received(_other(), 100) as incoming:
+        await world.blobs.keep(incoming)
+    await world.age()
+    (orphan,) = world.contents()
+    before = await world.elected()
+    await world.elected()
+
+    with pytest.raises(lock.LockLost):
+        await world.upkeep.sweep(before)
+    with pytest.raises(lock.LockLost):
+        await world.keeping.remove_unused(orphan, before)
+
+    assert world.contents() == {orphan}
 
 
 async def _other():
@@ -199,6 +217,6 @@ async def test_a_sweep_leaves_young_bytes_to_the_upload_that_brings_them(world):
     async with world.blobs.received(_other(), 100) as incoming:
         await world.blobs.keep(incoming)
 
-    await world.upkeep.sweep()
+    await world.upkeep.sweep(await world.elected())
 
     assert len(world.contents()) == 1

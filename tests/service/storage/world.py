@@ -15,15 +15,17 @@ from atelier.task.v1 import task_pb2, task_pb2_grpc
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 from sqlalchemy import text
 
-from mesh import capability, database, migrations
+from mesh import capability, database, lock, migrations
 from mesh.capability import Capability
 from mesh.errors import NotFound, ResourceExhausted, Unavailable
 from services.storage.blobs import FolderBlobs
+from services.storage.domain import SWEEP
 from services.storage.handlers import StorageService
 from services.storage.http import BytesEndpoints
 from services.storage.keeping import Keeping
 from services.storage.peers import MeshQuota, MeshTasks
 from services.storage.repository import SqlFiles
+from services.storage.tables import lock_table
 from services.storage.upkeep import Upkeep
 from tests import mesh_server
 
@@ -108,6 +110,11 @@ class World:
         self.users: Users
         self.tasks: Tasks
         self.server: mesh_server.Server
+
+    async def elected(self) -> int:
+        """Return the fence of a replica that sweeps from now on."""
+        async with self.sql.transaction() as connection:
+            return await lock.draw(connection, lock_table, SWEEP)
 
     def stub(self, user: str | None = "usr_ann", caller: str = "edge") -> StorageServiceStub:
         return StorageServiceStub(self.server.channel(user=user, caller=caller))

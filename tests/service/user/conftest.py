@@ -78,6 +78,7 @@ class Home:
     clock: HeldClock
     events: TaskEvents
     upkeep: Upkeep
+    sql: database.Database
 
     def stub(self, user: str | None = None, role: str = "ROLE_USER", caller: str = "edge"):
         return user_pb2_grpc.UserServiceStub(self.server.channel(user, role, caller))
@@ -120,7 +121,7 @@ async def home(tmp_path: Path) -> AsyncIterator[Home]:
         task = task_pb2_grpc.TaskServiceStub(task_server.channel(caller="user"))
         upkeep = Upkeep(accounts, quotas, task, tokens, clock)
         async with serving(partial(user_pb2_grpc.add_UserServiceServicer_to_server, users)) as server:
-            yield Home(server, accounts, quotas, auth, tasks, clock, TaskEvents(quotas, clock), upkeep)
+            yield Home(server, accounts, quotas, auth, tasks, clock, TaskEvents(quotas, clock), upkeep, sql)
         # Whatever a test did, the counters are the sum of the ledger.
         assert await quotas.audit() == []
 
