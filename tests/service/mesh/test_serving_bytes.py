@@ -276,7 +276,7 @@ async def test_a_listener_that_stops_finishes_what_is_under_way() -> None:
     verifier = Verifier()
     endpoints = {READ_INPUT: wait}
     listener = http_listener.Listener(
-        http_listener.application(endpoints, verifier, contract.installed()), "127.0.0.1", 0, leaf(SERVICE)
+        http_listener.application(endpoints, verifier, contract.installed()), "127.0.0.1", 0, leaf(SERVICE), 10
     )
     running = asyncio.create_task(listener.run())
     async with httpx.AsyncClient(
