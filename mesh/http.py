@@ -26,6 +26,8 @@ from mesh.contract import Contract, Method
 from mesh.errors import Cancelled, MeshError, NotFound, PayloadTooLarge
 from mesh.identity import Verifier
 
+# Longer than any client of the mesh keeps an idle connection: closed here, it might be in use again over there by then.
+KEEP_ALIVE_SECONDS = 75
 LINGER_BYTES = 256 * 1024 * 1024  # beyond, the connection is closed under the sender's hands
 LINGER_SECONDS = 30.0
 SENDING_PAUSE_SECONDS = 1.0  # of a sender that waits for an answer
@@ -62,6 +64,8 @@ def _admitting(endpoint: Endpoint, method: Method, verifier: Verifier) -> Endpoi
                     response = await endpoint(request)
                 admission.audit(method, None)
                 return response
+        except asyncio.CancelledError:  # by the listener, whose time to stop is over
+            failure = admission.Draining("This instance stops, and could not wait for the end of the request.")
         except ClientDisconnect:
             failure = Cancelled("The caller went away before the end of its request.")
         except MeshError as error:
@@ -133,6 +137,7 @@ class _Config(uvicorn.Config):
             log_config=None,
             access_log=False,
             lifespan="off",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=ceil(drain_seconds),  # it takes whole ones
         )
         self._leaf = leaf

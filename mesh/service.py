@@ -9,9 +9,9 @@ import asyncio
 import logging
 import os
 import signal
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from math import ceil
 from typing import Any
 
 import grpc
@@ -26,7 +26,7 @@ from mesh.config import ServiceConfig
 from mesh.context import Request
 from mesh.contract import Contract, Method
 from mesh.discovery import Registration
-from mesh.errors import Cancelled, InvalidArgument, MeshError, Unauthenticated, Unavailable
+from mesh.errors import Cancelled, InvalidArgument, MeshError, Unauthenticated
 from mesh.identity import IdentityFeed, RemoteIdentityFeed, Verifier
 from mesh.live import Live
 
@@ -37,7 +37,7 @@ Background = Callable[[], Awaitable[None]]
 HEALTH_PERIOD_SECONDS = 1.0
 DEPENDENCY_SECONDS = 2.0  # no answer for so long twice in a row, and the dependency counts as away
 PROPAGATION_SECONDS = 1.0  # from deregistration until every client has heard of it
-STOP_SECONDS = 4.0  # beside the draining of two listeners: deregistration, propagation, closing what is open
+STOP_SECONDS = 3.0  # beside the draining of two listeners: deregistration, propagation, closing what is open
 OPTIONS = [
     ("grpc.so_reuseport", 0),  # two instances on one port would be a mistake, not a feature
     # Clients ping every 30 s (mesh.channel), and Envoy asks a control plane every 10 s whether it is alive.
@@ -57,10 +57,6 @@ class RequestIdAmbiguous(InvalidArgument):
 
 class RequestMalformed(InvalidArgument):
     reason = "REQUEST_MALFORMED"
-
-
-class Draining(Unavailable):
-    reason = "DRAINING"
 
 
 class Admission(grpc.aio.ServerInterceptor):
@@ -85,7 +81,7 @@ class Admission(grpc.aio.ServerInterceptor):
     def end_streams(self) -> None:
         """End every open stream with UNAVAILABLE: some last for hours, and their clients resume elsewhere."""
         for deadline, request in self._streams.items():
-            _end(deadline, request, Draining("This instance stops; resume at another."))
+            _end(deadline, request, admission.Draining("This instance stops; resume at another."))
 
     def end_revoked_streams(self) -> None:
         """End the open streams of people whose token has been revoked since they began."""
@@ -372,10 +368,8 @@ def stop_signal(config: ServiceConfig) -> asyncio.Event:
         if stopping.is_set():
             os._exit(1)
         stopping.set()
-        # A thread, for what hangs may hold the loop, or Python's own waiting for its threads at the end.
-        bound = threading.Timer(STOP_SECONDS + 2 * config.drain_seconds, os._exit, [1])
-        bound.daemon = True
-        bound.start()
+        # By the kernel, for what hangs may be the loop, a thread, or Python itself on its way out.
+        signal.alarm(ceil(STOP_SECONDS + 2 * config.drain_seconds))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop)

@@ -14,8 +14,9 @@ from typing import Any
 from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 
 from mesh import status
+from mesh.admission import Draining
 from mesh.control.snapshot import CLUSTER, ENDPOINTS, EXTENSION, LISTENER, ROUTES, Resource, Snapshot
-from mesh.errors import MeshError, PermissionDenied, Unavailable
+from mesh.errors import MeshError, PermissionDenied
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +32,6 @@ ANY = "*"
 
 class NodeNotAllowed(PermissionDenied):
     reason = "NODE_NOT_ALLOWED"
-
-
-class Draining(Unavailable):
-    reason = "DRAINING"
 
 
 @dataclass(slots=True)
