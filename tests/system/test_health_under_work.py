@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable
 
 import grpc
 import psutil
@@ -56,9 +56,9 @@ async def answer_seconds(channel: grpc.aio.Channel, work: asyncio.Future[object]
     return statistics.quantiles(await asyncio.gather(*probes), n=10)[-1]
 
 
-async def require_health(mesh: Mesh, service: str, work: Iterable[asyncio.Task[object]]) -> None:
+async def require_health(mesh: Mesh, service: str, work: Callable[[], Awaitable[None]], at_a_time: int) -> None:
     busy, idle = await health_of(mesh, service), await health_of(mesh, IDLE)
-    working = asyncio.gather(*work)
+    working = asyncio.gather(*(work() for _ in range(at_a_time)))
 
     took = await asyncio.gather(*(answer_seconds(channel, working) for channel in (*busy, *idle)))
 
@@ -76,7 +76,7 @@ async def test_r20_a_worker_answers_probes_while_it_computes(mesh: Mesh, person:
         created = await person.http.post("tasks", json={"inputFileId": file["fileId"], "operation": MUCH})
         assert (await watched(person.http, created.json()["taskId"]))["state"] == "STATE_SUCCEEDED"
 
-    await require_health(mesh, "media-worker", [asyncio.create_task(done()) for _ in mesh.pids("media-worker")])
+    await require_health(mesh, "media-worker", done, at_a_time=2)
 
 
 @pytest.mark.timeout(300)
@@ -86,4 +86,4 @@ async def test_r20_the_user_service_answers_probes_while_it_hashes_passwords(mes
             login = await person.http.post("users/login", json={"login": person.username, "password": PASSWORD})
             assert login.status_code == 200, login.text
 
-    await require_health(mesh, "user", [asyncio.create_task(signed_in()) for _ in range(4)])
+    await require_health(mesh, "user", signed_in, at_a_time=4)
