@@ -27,6 +27,8 @@ UPLOAD = "/atelier.storage.v1.StorageService/UploadFile"
 CONTENT = "/atelier.storage.v1.StorageService/GetFileContent"
 READ_INPUT = "/atelier.storage.v1.StorageService/ReadInput"
 
+KEEPING = httpx.Limits(keepalive_expiry=60)
+
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -38,7 +40,9 @@ async def listening(
     rpcs = Contract({**methods, name: replace(methods[name], deadline_seconds=seconds)})
     async with (
         serving(http={name: endpoint}, rpcs=rpcs) as server,
-        httpx.AsyncClient(base_url=server.http_url, headers=headers("usr_1"), verify=server.tls(caller)) as client,
+        httpx.AsyncClient(
+            base_url=server.http_url, headers=headers("usr_1"), verify=server.tls(caller), limits=KEEPING
+        ) as client,
     ):
         yield client
 
@@ -304,6 +308,22 @@ async def test_a_listener_that_stops_finishes_what_is_under_way() -> None:
 
         assert (await held.call).text == "done"
         await asyncio.wait_for(held.running, 5)
+
+
+async def test_an_idle_connection_is_still_there_for_the_next_request() -> None:
+    asked_over = []
+
+    async def answer(request: Request) -> Response:
+        asked_over.append(request.client)
+        return Response("done")
+
+    async with listening(answer, READ_INPUT, caller="media-worker") as client:
+        await client.get("/internal/v1/inputs/fil_1")
+        await asyncio.sleep(6)  # longer than uvicorn's own 5 s; the client gives a connection up itself at some time
+        await client.get("/internal/v1/inputs/fil_1")
+
+    assert len(asked_over) == 2
+    assert len(set(asked_over)) == 1
 
 
 async def test_a_listener_that_stops_gives_a_hung_request_drain_seconds() -> None:
