@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from mesh import context
 from mesh.context import Request
 from mesh.contract import Method
-from mesh.errors import DeadlineExceeded, Internal, MeshError, PermissionDenied
+from mesh.errors import DeadlineExceeded, Internal, MeshError, PermissionDenied, Unavailable
 from mesh.identity import Verifier
 from mesh.intentions import Intentions
 
@@ -27,6 +27,10 @@ class CallerNotAllowed(PermissionDenied):
 
 class RoleRequired(PermissionDenied):
     reason = "ROLE_REQUIRED"
+
+
+class Draining(Unavailable):
+    reason = "DRAINING"
 
 
 def admit(

@@ -27,7 +27,7 @@ AUTHORITY = "mesh"
 """Of the names by which gRPC's clients ask the control planes for what they need, see `xds_name`."""
 REFRESH_INTERVAL = "2s"  # a look at three small files; roots overlap for days
 
-_OPTIONS = [
+OPTIONS = [
     # Notices a peer that went away without a word; servers permit it (mesh.service).
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -51,7 +51,7 @@ async def opened(service: str, config: ServiceConfig, leaf: Leaf) -> AsyncIterat
     os.environ.update(environment(config, leaf))  # read once, at the first channel
     # The control plane says which certificates and which peer; without its word nothing is trusted.
     credentials = grpc.xds_channel_credentials(grpc.ssl_channel_credentials(leaf.present.roots))
-    async with grpc.aio.secure_channel(f"xds:///{service}", credentials, options=_OPTIONS) as channel:
+    async with grpc.aio.secure_channel(f"xds:///{service}", credentials, options=OPTIONS) as channel:
         yield MeshChannel(channel)
 
 

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from math import ceil
 
 import uvicorn
 from starlette.applications import Starlette
@@ -26,6 +27,8 @@ from mesh.errors import Cancelled, MeshError, NotFound, PayloadTooLarge
 from mesh.identity import Verifier
 from mesh.intentions import Intentions
 
+# Longer than any client of the mesh keeps an idle connection: closed here, it might be in use again over there by then.
+KEEP_ALIVE_SECONDS = 75
 LINGER_BYTES = 256 * 1024 * 1024  # beyond, the connection is closed under the sender's hands
 LINGER_SECONDS = 30.0
 SENDING_PAUSE_SECONDS = 1.0  # of a sender that waits for an answer
@@ -65,6 +68,8 @@ def _admitting(endpoint: Endpoint, method: Method, verifier: Verifier, intention
                     response = await endpoint(request)
                 admission.audit(method, None)
                 return response
+        except asyncio.CancelledError:  # by the listener, whose time to stop is over
+            failure = admission.Draining("This instance stops, and could not wait for the end of the request.")
         except ClientDisconnect:
             failure = Cancelled("The caller went away before the end of its request.")
         except MeshError as error:
@@ -129,14 +134,15 @@ def _protocol(leaf: Leaf) -> type[H11Protocol]:
 
 
 class _Config(uvicorn.Config):
-    def __init__(self, application: Starlette, leaf: Leaf) -> None:
+    def __init__(self, application: Starlette, leaf: Leaf, drain_seconds: float) -> None:
         super().__init__(
             application,
             http=_protocol(leaf),
             log_config=None,
             access_log=False,
             lifespan="off",
-            timeout_graceful_shutdown=10,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=ceil(drain_seconds),  # it takes whole ones
         )
         self._leaf = leaf
 
@@ -148,24 +154,26 @@ class _Config(uvicorn.Config):
 class Listener:
     """An HTTP server, for services of the mesh, on a port that is bound at once."""
 
-    def __init__(self, application: Starlette, host: str, port: int, leaf: Leaf) -> None:
+    def __init__(self, application: Starlette, host: str, port: int, leaf: Leaf, drain_seconds: float) -> None:
         self._socket = socket.create_server((host, port), backlog=1024)
         self.port: int = self._socket.getsockname()[1]
-        self._server = _Server(_Config(application, leaf))
+        self._server = _Server(_Config(application, leaf, drain_seconds))
 
     async def run(self) -> None:
         """Serve until `stop`."""
         await self._server.serve(sockets=[self._socket])
 
     def stop(self) -> None:
-        """Accept nothing more; `run` returns when what is under way has ended, at most 10 s later."""
+        """Accept nothing more; `run` returns when what is under way has ended, at most `drain_seconds` later."""
         self._server.should_exit = True
 
 
 @asynccontextmanager
-async def listening(application: Starlette, host: str, port: int, leaf: Leaf) -> AsyncIterator[int]:
+async def listening(
+    application: Starlette, host: str, port: int, leaf: Leaf, drain_seconds: float
+) -> AsyncIterator[int]:
     """Hold an HTTP server; yield its port. At the end it accepts nothing more and finishes what is under way."""
-    listener = Listener(application, host, port, leaf)
+    listener = Listener(application, host, port, leaf, drain_seconds)
     running = asyncio.create_task(listener.run())
     try:
         yield listener.port

@@ -6,12 +6,14 @@ Every rpc passes, outside in: telemetry, errors, deadline, identity and policy, 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
+from math import ceil
 from typing import Any
 
 import grpc
@@ -26,7 +28,7 @@ from mesh.config import ServiceConfig
 from mesh.context import Request
 from mesh.contract import Contract, Method
 from mesh.discovery import Registration
-from mesh.errors import Cancelled, InvalidArgument, MeshError, PermissionDenied, Unauthenticated, Unavailable
+from mesh.errors import Cancelled, InvalidArgument, MeshError, PermissionDenied, Unauthenticated
 from mesh.identity import IdentityFeed, RemoteIdentityFeed, Verifier
 from mesh.intentions import Intentions
 from mesh.live import Live
@@ -37,11 +39,13 @@ Dependency = Callable[[], Awaitable[object]]
 Background = Callable[[], Awaitable[None]]
 
 HEALTH_PERIOD_SECONDS = 1.0
-DEPENDENCY_SECONDS = 2.0  # longer, and the dependency counts as away
+DEPENDENCY_SECONDS = 2.0  # no answer for so long twice in a row, and the dependency counts as away
 PROPAGATION_SECONDS = 1.0  # from deregistration until every client has heard of it
+STOP_SECONDS = 3.0  # beside the draining of two listeners: deregistration, propagation, closing what is open
 OPTIONS = [
     ("grpc.so_reuseport", 0),  # two instances on one port would be a mistake, not a feature
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients ping every 30 s (mesh.channel)
+    # Clients ping every 30 s (mesh.channel), and Envoy asks a control plane every 10 s whether it is alive.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # Above the 60 KiB that the edge lets in, cookies of other pages among them: gRPC's 8 KiB would be refused as 429.
     ("grpc.max_metadata_size", 80 * 1024),
@@ -57,10 +61,6 @@ class RequestIdAmbiguous(InvalidArgument):
 
 class RequestMalformed(InvalidArgument):
     reason = "REQUEST_MALFORMED"
-
-
-class Draining(Unavailable):
-    reason = "DRAINING"
 
 
 class Admission(grpc.aio.ServerInterceptor):
@@ -90,7 +90,7 @@ class Admission(grpc.aio.ServerInterceptor):
     def end_streams(self) -> None:
         """End every open stream with UNAVAILABLE: some last for hours, and their clients resume elsewhere."""
         for deadline, request in self._streams.items():
-            _end(deadline, request, Draining("This instance stops; resume at another."))
+            _end(deadline, request, admission.Draining("This instance stops; resume at another."))
 
     def end_revoked_streams(self) -> None:
         """End the open streams of people whose token has been revoked since they began."""
@@ -259,82 +259,109 @@ async def serve(
         identity: the identity feed; auth's by default.
     """
     telemetry.configure(config.service, config.instance)
-    stopping = _stop_signal()
+    stopping = stop_signal(config)
     verifier, intentions, rpcs = Verifier(), Intentions(leaf), contract.installed()
-    health = HealthServicer()
     settings = Live(config)
     works, checks, registrations = [settings.follow, *background], list(dependencies), []
     ports = Ports(config)
 
-    def found_as(name: str, instance: str, port: int) -> None:
-        registrations.append(Registration(name, instance, config.host, port, health_address, settings.meta))
-
     async with AsyncExitStack() as stack:
         hold = stack.enter_async_context
-        health_address = await hold(_answering_probes(health, config))
+        health, health_address = await hold(answering_probes(config))
+
+        def found_as(name: str, instance: str, port: int) -> None:
+            registrations.append(Registration(name, instance, config.host, port, health_address, settings.meta))
+
         settings.meta["admin"] = await hold(admin.serving())
         if register or http:
             feed = identity or RemoteIdentityFeed(await hold(channel.opened("auth", config, leaf)))
             works.append(lambda: verifier.follow(feed))
             works.append(partial(intentions.follow, config))
             checks[:0] = [intentions.check, verifier.check]
-        await hold(_working(works, config))
+        await hold(working(works, config))
         if register:
-            wanted = ports.wanted("grpc", config.port)
-            port = await hold(_listening(Admission(verifier, intentions, rpcs, leaf), register, config, wanted, leaf))
+            admitting = Admission(verifier, intentions, rpcs, leaf)
+            address = f"{config.host}:{ports.wanted('grpc', config.port)}"
+            (port,) = await hold(listening(admitting, register, {address: leaf.grpc_server()}, config))
             ports.keep("grpc", port)
             found_as(config.service, config.instance, port)
         if http:
             application = http_listener.application(http, verifier, intentions, rpcs)
             wanted = ports.wanted("http", config.http_port)
-            port = await hold(http_listener.listening(application, config.host, wanted, leaf))
+            port = await hold(http_listener.listening(application, config.host, wanted, leaf, config.drain_seconds))
             ports.keep("http", port)
             found_as(f"{config.service}-http", f"{config.instance}-http", port)
         if not registrations:  # a worker is seen by its health alone
             found_as(config.service, config.instance, int(health_address.rpartition(":")[2]))
-
-        async with discovery.registered(config, registrations), _probing(checks, health):
-            await stopping.wait()
-            log.info("draining")
-        # Not SERVING, then deregistered: clients stop choosing this instance, calls under way go on.
+        await present(config, registrations, checks, health, stopping)
+        # Clients stop choosing this instance; calls under way go on.
         await asyncio.sleep(PROPAGATION_SECONDS if register or http else 0)
     log.info("stopped")
 
 
+async def present(
+    config: ServiceConfig,
+    registrations: list[Registration],
+    dependencies: Sequence[Dependency],
+    health: HealthServicer,
+    stopping: asyncio.Event,
+) -> None:
+    """Be in the registry, as healthy as the dependencies are, until told to stop; then be neither SERVING nor there."""
+    async with discovery.registered(config, registrations), _probing(dependencies, health):
+        await stopping.wait()
+        log.info("draining")
+    # Python's own ending would look at every object once more, which a restart would wait for: most of a second.
+    gc.freeze()
+
+
 @asynccontextmanager
-async def _answering_probes(health: HealthServicer, config: ServiceConfig) -> AsyncIterator[str]:
-    """Hold a server of its own for grpc.health.v1, in clear; yield its address. Not SERVING until told."""
+async def answering_probes(config: ServiceConfig) -> AsyncIterator[tuple[HealthServicer, str]]:
+    """Hold a server of its own for grpc.health.v1, in clear; yield what it tells, not SERVING yet, and its address."""
+    health = HealthServicer()
     await health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
     server = grpc.aio.server()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     port = server.add_insecure_port(f"{config.host}:{config.health_port}")
     await server.start()
     try:
-        yield f"{config.host}:{port}"
+        yield health, f"{config.host}:{port}"
     finally:
         await health.enter_graceful_shutdown()
         await server.stop(0)
 
 
 @asynccontextmanager
-async def _listening(
-    admitting: Admission, register: Sequence[Register], config: ServiceConfig, wanted: int, leaf: Leaf
-) -> AsyncIterator[int]:
-    """Hold the gRPC server; yield its port. At the end streams end at once, calls within `drain_seconds`."""
+async def listening(
+    admitting: Admission,
+    register: Sequence[Register],
+    doors: Mapping[str, grpc.ServerCredentials],
+    config: ServiceConfig,
+) -> AsyncIterator[list[int]]:
+    """Hold the gRPC server. At the end streams end at once, calls within `drain_seconds`.
+
+    Args:
+        admitting: stands before every handler.
+        register: each adds a servicer to the server.
+        doors: address to what is shown there; all lead to the same handlers.
+        config: who it is.
+
+    Yields:
+        The port of each door.
+    """
     server = grpc.aio.server(interceptors=[admitting], options=OPTIONS)
     for add in register:
         add(server)
-    port = server.add_secure_port(f"{config.host}:{wanted}", leaf.grpc_server())
+    ports = [server.add_secure_port(address, shown) for address, shown in doors.items()]
     await server.start()
     try:
-        yield port
+        yield ports
     finally:
         admitting.end_streams()
         await server.stop(config.drain_seconds)
 
 
 @asynccontextmanager
-async def _working(works: Sequence[Background], config: ServiceConfig) -> AsyncIterator[None]:
+async def working(works: Sequence[Background], config: ServiceConfig) -> AsyncIterator[None]:
     """Hold background work; cancelled at the end, and waited for."""
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(_for_ever(work, config)) for work in works]
@@ -356,13 +383,16 @@ async def _probing(dependencies: Sequence[Dependency], health: HealthServicer) -
         await health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
 
 
-def _stop_signal() -> asyncio.Event:
+def stop_signal(config: ServiceConfig) -> asyncio.Event:
+    """Return what SIGTERM and SIGINT set; a second one, or a stop that takes too long, ends the process at once."""
     stopping = asyncio.Event()
 
     def stop() -> None:
         if stopping.is_set():
             os._exit(1)
         stopping.set()
+        # By the kernel, for what hangs may be the loop, a thread, or Python itself on its way out.
+        signal.alarm(ceil(STOP_SECONDS + 2 * config.drain_seconds))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop)
@@ -400,8 +430,7 @@ async def _missing(dependencies: Sequence[Dependency]) -> str:
     """Return why the service cannot serve; empty when it can."""
     for dependency in dependencies:
         try:
-            async with asyncio.timeout(DEPENDENCY_SECONDS):
-                await dependency()
+            await _answers(dependency)
         except TimeoutError:
             return f"{getattr(dependency, '__qualname__', dependency)} did not answer"
         except MeshError as error:
@@ -409,3 +438,13 @@ async def _missing(dependencies: Sequence[Dependency]) -> str:
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not answer
             return type(error).__name__
     return ""
+
+
+async def _answers(dependency: Dependency) -> None:
+    """Raise when a dependency is away. One late answer may be this machine's haste: of a busy one, all are late."""
+    try:
+        async with asyncio.timeout(DEPENDENCY_SECONDS):
+            await dependency()
+    except TimeoutError:
+        async with asyncio.timeout(DEPENDENCY_SECONDS):
+            await dependency()

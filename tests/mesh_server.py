@@ -138,7 +138,7 @@ async def serving(
         if http:
             application = http_listener.application(http, verifier, intentions, rpcs)
             port_of_http = await stack.enter_async_context(
-                http_listener.listening(application, "127.0.0.1", 0, leaf(SERVICE))
+                http_listener.listening(application, "127.0.0.1", 0, leaf(SERVICE), 10)
             )
             http_url = f"https://127.0.0.1:{port_of_http}"
         yield Server(f"127.0.0.1:{port}", http_url, admission, verifier, intentions, stack)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from mesh.control.catalog import Follower
 from mesh.control.faults import Faults
 from mesh.control.known import Known
 from mesh.control.server import Publisher
+from mesh.errors import Unavailable
 from mesh.identity import IdentityFeed, Verifier
 from mesh.intentions import ALL, Intention, from_consul
 
@@ -29,6 +30,10 @@ FAULTS = "faults/"
 """Where Consul keeps a fault for each service that has one."""
 
 log = logging.getLogger(__name__)
+
+
+class NotReadYet(Unavailable):
+    reason = "NOT_READ_YET"
 
 
 class Plane:
@@ -78,8 +83,13 @@ class Plane:
         names |= {f"{method.owner}-http" for method in contract.methods.values() if method.bytes}
         self.follower = Follower(client, names, last.catalog, self._changed.set)
 
-    async def run(self, ready: Callable[[], Awaitable[None]]) -> None:
-        """Publish for ever; `ready` is called each time that has been done."""
+    async def check(self) -> None:
+        """Raise until there is something to serve."""
+        if not self._publisher.published:
+            raise NotReadYet("What runs has not been read yet.")
+
+    async def run(self) -> None:
+        """Publish for ever."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.follower.run())
             group.create_task(self._follow_faults())
@@ -92,7 +102,6 @@ class Plane:
                 await self._publish(
                     Known(self.follower.catalog, self._verifier.jwks, self.faults.ailing, self._verifier.revoked)
                 )
-                await ready()
                 await asyncio.sleep(CALM_SECONDS)
                 await self._changed.wait()
 

@@ -46,6 +46,12 @@ def ready(layout: Layout) -> bool:
     return status(f"{layout.edge_url}/readyz") == 200
 
 
+def edge_epoch(layout: Layout) -> int:
+    """Return which Envoy since the edge's start serves, from 0 on; -1 when none does."""
+    info = _json(f"http://127.0.0.1:{layout.envoy_admin_port}/server_info")
+    return int(info["command_line_options"]["restart_epoch"]) if info and info["state"] == "LIVE" else -1
+
+
 def edge_is_certified(layout: Layout) -> bool:
     """Tell whether Envoy can be started: it does not wait for its certificate."""
     return (layout.edge_identity / PRESENT / ROOTS).exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -161,6 +162,16 @@ class Layout:
     @property
     def envoy_admin_port(self) -> int:
         return self.port_base + 190
+
+    @property
+    def edge_base_id(self) -> int:
+        """By what Envoy's shared memory is told from that of other meshes and other users."""
+        return zlib.crc32(f"{os.geteuid()} {self.var}".encode()) % 100_000_000
+
+    @property
+    def edge_socket(self) -> Path:
+        """Where one Envoy hands over to the next; Envoy appends which one it is."""
+        return self.var / "run" / "envoy"
 
     @property
     def consul_rpc_port(self) -> int:
@@ -336,13 +347,18 @@ def processes(layout: Layout, environment: Mapping[str, str], *, consul: str, ra
             name="envoy",
             wave=3,
             command=(
+                python, "-m", "scripts.local.edge", str(layout.envoy_admin_port),
                 str(BIN / "envoy"), "--config-path", str(layout.configs / "envoy.json"),
                 "--concurrency", "2", "--log-level", "warning",
-                "--disable-hot-restart",  # its shared memory would collide with another mesh's
+                "--base-id", str(layout.edge_base_id),
+                "--socket-path", str(layout.edge_socket), "--socket-mode", "600",
+                # One that is replaced closes each connection at its next answer, and what is idle or lasts at the end.
+                "--drain-strategy", "immediate", "--drain-time-s", "10", "--parent-shutdown-time-s", "15",
             ),
             environment=bare,
-            sources=(str(layout.configs / "envoy.json"), *libraries),
+            sources=(str(layout.configs / "envoy.json"), "scripts/local/edge.py", *libraries),
             address=f"127.0.0.1:{layout.edge_port}",
+            stops_children=False,  # it asks Envoy to end when that has finished
         ),
     ]  # fmt: skip
 

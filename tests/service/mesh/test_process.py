@@ -21,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mesh import certificates, errors
 from mesh.channel import MeshChannel
 from mesh.intentions import FILE
+from mesh.service import DEPENDENCY_SECONDS, STOP_SECONDS
 from tests.authority import grpc_client, leaf
 from tests.eventually import eventually
 from tests.mesh_server import JWKS, headers
@@ -78,7 +79,7 @@ class Tiny:
 
 
 @asynccontextmanager
-async def started(folder: Path, *, kept: str | None = "[]", forbids: bool = False) -> AsyncIterator[Tiny]:
+async def started(folder: Path, *, kept: str | None = "[]", forbids: bool = False, **more: str) -> AsyncIterator[Tiny]:
     """Run it, with the intentions of an earlier life; a registry that forbids does not tell it of others."""
     (folder / "jwks").write_text(JWKS)
     certificates.write(folder / "identity" / "task-1", leaf("task").present)
@@ -95,6 +96,7 @@ async def started(folder: Path, *, kept: str | None = "[]", forbids: bool = Fals
             "ATELIER_SECRETS_DIR": str(folder),
             "ATELIER_INSTANCE": settings.instance,
             "PYTHONPATH": os.pathsep.join(each for each in sys.path if each),
+            **more,
         }
         with (folder / "log").open("wb") as log:
             process = await asyncio.create_subprocess_exec(
@@ -181,6 +183,82 @@ async def test_it_does_not_serve_before_it_has_ever_heard_of_intentions(tmp_path
         await eventually(tiny.is_serving, within_seconds=30)
     assert before == NOT_SERVING
     assert (tmp_path / "identity" / "task-1" / FILE).read_text() == "[]"
+
+
+async def test_a_stop_says_not_serving_first_then_leaves_the_registry_and_only_later_closes_the_door(
+    tiny: Tiny,
+) -> None:
+    stub = await tiny.stub()
+    found = await tiny.registered()
+    call = asyncio.create_task(stub.GetTask(GET))
+    await eventually((tiny.folder / "entered").exists)
+    tiny.registry.hangs = True  # so that the time between the first two steps can be seen
+
+    tiny.process.send_signal(signal.SIGTERM)
+
+    await eventually(tiny.is_not_serving)
+    assert "task-1" in tiny.registry.services
+    tiny.registry.hangs = False
+    # Whoever has not heard yet still gets in, and is served.
+    async with grpc.aio.secure_channel(
+        f"{found['Address']}:{found['Port']}", grpc_client(leaf("edge").present)
+    ) as late:
+        stream = task_pb2_grpc.TaskServiceStub(_People(late)).WatchTask(WATCH)
+        assert (await anext(stream)).cursor == "again"
+        await eventually(lambda: _refuses(found), within_seconds=10)
+    assert not call.done()
+    (tiny.folder / "finish").touch()
+    assert (await call).task_id == "tsk_1"
+    assert await asyncio.wait_for(tiny.process.wait(), 5) == 0
+
+
+async def _refuses(found: dict[str, Any]) -> bool:
+    try:
+        _, writer = await asyncio.open_connection(found["Address"], found["Port"])
+    except ConnectionRefusedError:
+        return True
+    writer.close()
+    return False
+
+
+async def test_a_hung_handler_is_given_drain_seconds_and_then_ended(tmp_path: Path) -> None:
+    async with started(tmp_path, DRAIN_SECONDS="2") as tiny:
+        call = asyncio.create_task((await tiny.stub()).GetTask(GET))
+        await eventually((tmp_path / "entered").exists)
+        tiny.process.send_signal(signal.SIGTERM)
+        await eventually(lambda: "draining" in tiny.said())
+        began = time.monotonic()
+
+        with pytest.raises((errors.Unavailable, errors.Cancelled)):
+            await call
+
+        assert 2 <= time.monotonic() - began < 10
+        assert await asyncio.wait_for(tiny.process.wait(), 10) == 0
+
+
+async def test_a_stop_that_a_hung_thread_holds_up_ends_at_a_bound_of_its_own(tmp_path: Path) -> None:
+    async with started(tmp_path, DRAIN_SECONDS="0.1") as tiny:
+        call = asyncio.create_task((await tiny.stub()).GetTask(task_pb2.GetTaskRequest(task_id="tsk_thread")))
+        await eventually((tmp_path / "entered").exists)
+
+        tiny.process.send_signal(signal.SIGTERM)
+
+        # Python itself waits for its threads, for as long as they take.
+        assert await asyncio.wait_for(tiny.process.wait(), 4 * STOP_SECONDS) == -signal.SIGALRM
+        with pytest.raises((errors.Unavailable, errors.Cancelled)):
+            await call
+
+
+async def test_a_late_dependency_counts_as_away_only_when_it_is_late_again(tiny: Tiny) -> None:
+    await eventually(tiny.is_serving)
+
+    (tiny.folder / "late once").touch()
+    await eventually(lambda: not (tiny.folder / "late once").exists())
+    await eventually((tiny.folder / "asked again").exists, within_seconds=3 * DEPENDENCY_SECONDS)
+    assert not [line for line in tiny.said() if "did not answer" in line]
+
+    (tiny.folder / "late").touch()
+    await eventually(tiny.is_not_serving, within_seconds=6 * DEPENDENCY_SECONDS)
 
 
 async def test_a_second_signal_ends_it_at_once(tiny: Tiny) -> None:

@@ -30,6 +30,7 @@ from mesh.control.snapshot import (
     endpoints,
     grpc_clients,
 )
+from mesh.http import KEEP_ALIVE_SECONDS
 
 GET = Method(
     full_name="/atelier.task.v1.TaskService/GetTask", service="atelier.task.v1.TaskService", owner="task",
@@ -304,6 +305,14 @@ def test_clients_and_edge_eject_what_fails_and_never_more_than_half() -> None:
         assert told["outlier_detection"]["max_ejection_percent"] == 50
         assert told["outlier_detection"]["consecutive_gateway_failure"] == 5
         assert told["outlier_detection"]["enforcing_failure_percentage"] == 100
+
+
+def test_the_edge_gives_up_an_idle_http_connection_before_the_service_does() -> None:
+    told = message(edge.envoy(installed(), IMAGE.read_bytes(), KEYED, SETTINGS, str), CLUSTER, "storage-http")
+
+    (options,) = told["typed_extension_protocol_options"].values()
+    idle = float(options["common_http_protocol_options"]["idle_timeout"].removesuffix("s"))
+    assert 0 < idle < KEEP_ALIVE_SECONDS
 
 
 def test_requests_at_a_time_are_bounded_by_the_settings_and_retries_by_a_budget() -> None:

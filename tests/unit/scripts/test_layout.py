@@ -113,6 +113,13 @@ def test_a_service_setting_of_the_callers_wins_and_the_place_of_the_mesh_does_no
     assert "SHELL" not in told
 
 
+def test_two_meshes_and_two_replacing_envoys_share_nothing(mesh):
+    other = replace(mesh, var=mesh.var / "other")
+
+    assert mesh.edge_base_id != other.edge_base_id
+    assert mesh.edge_base_id == replace(mesh, edge_port=8081).edge_base_id
+
+
 def test_the_edge_starts_after_the_services_and_these_after_the_brokers(mesh):
     found = programs(mesh)
 
