@@ -16,13 +16,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import BigInteger, Dialect, Table, event, literal_column, make_url, select, text
+from sqlalchemy import BigInteger, Connection, Dialect, Table, event, literal_column, make_url, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoFreeConnection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.types import TypeDecorator
 
+from mesh import interruption
 from mesh.errors import FailedPrecondition, Unavailable
 
 log = logging.getLogger(__name__)
@@ -129,8 +130,8 @@ async def opened(url: str, *, foreign_keys: bool = True) -> AsyncIterator[Databa
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     await _write_ahead(path)
 
-    writer = _sqlite_engine(url, begin="BEGIN IMMEDIATE", pool_size=1, foreign_keys=foreign_keys)
-    readers = _sqlite_engine(url, begin="BEGIN", pool_size=READERS, query_only=True)
+    writer = _sqlite_engine(url, pool_size=1, foreign_keys=foreign_keys)
+    readers = _sqlite_engine(url, pool_size=READERS, query_only=True)
     try:
         yield Database(writer, readers, path)
     finally:
@@ -225,14 +226,12 @@ async def _write_ahead(path: Path) -> None:
             return
 
 
-def _sqlite_engine(
-    url: str, *, begin: str, pool_size: int, foreign_keys: bool = True, query_only: bool = False
-) -> AsyncEngine:
+def _sqlite_engine(url: str, *, pool_size: int, foreign_keys: bool = True, query_only: bool = False) -> AsyncEngine:
     engine = create_async_engine(
         url,
         # The driver's own BEGIN is deferred and comes late: two read-then-write transactions would then fail "locked"
         # however long they may wait. None leaves transactions to the statement below.
-        connect_args={"isolation_level": None},
+        connect_args={"isolation_level": None, "async_creator_fn": interruption.connect},
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=WRITER_WAIT_SECONDS,
@@ -240,7 +239,7 @@ def _sqlite_engine(
 
     def connected(connection: Any, _record: object) -> None:
         cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS if query_only else interruption.LOOK_MS}")
         cursor.execute("PRAGMA synchronous = FULL")  # WAL's usual NORMAL may lose commits when power fails
         cursor.execute(f"PRAGMA foreign_keys = {foreign_keys:d}")
         if query_only:
@@ -248,5 +247,12 @@ def _sqlite_engine(
         cursor.close()
 
     event.listen(engine.sync_engine, "connect", connected)
-    event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql(begin))
+
+    def begin(connection: Connection) -> None:
+        if query_only:
+            connection.exec_driver_sql("BEGIN")
+        else:
+            interruption.begin_immediate(connection, BUSY_TIMEOUT_MS / 1000)
+
+    event.listen(engine.sync_engine, "begin", begin)
     return engine

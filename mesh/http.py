@@ -65,18 +65,21 @@ def _admitting(endpoint: Endpoint, method: Method, verifier: Verifier, intention
             with telemetry.server_span(method.full_name, metadata):
                 admitted = admission.admit(method, request.state.caller, metadata, verifier, intentions, seconds=None)
                 async with asyncio.timeout_at(admitted.deadline) as deadline:
-                    response = await endpoint(request)
+                    with _ending(deadline, request.state.gone):
+                        response = await endpoint(request)
                 admission.audit(method, None)
                 return response
         except asyncio.CancelledError:  # by the listener, whose time to stop is over
             failure = admission.Draining("This instance stops, and could not wait for the end of the request.")
         except ClientDisconnect:
-            failure = Cancelled("The caller went away before the end of its request.")
+            failure = _gone()
         except MeshError as error:
             failure = error
         except TimeoutError as error:
-            ran_out = deadline is not None and deadline.expired()
-            failure = admission.late(method) if ran_out else admission.internal(error, method)
+            if deadline is None or not deadline.expired():
+                failure = admission.internal(error, method)
+            else:
+                failure = _gone() if request.state.gone.done() else admission.late(method)
         except Exception as error:  # noqa: BLE001 - the last stop before the wire
             failure = admission.internal(error, method)
         admission.audit(method, failure)
@@ -85,6 +88,25 @@ def _admitting(endpoint: Endpoint, method: Method, verifier: Verifier, intention
         return refusal(failure)
 
     return serve
+
+
+@contextlib.contextmanager
+def _ending(deadline: asyncio.Timeout, gone: asyncio.Future[None]) -> Iterator[None]:
+    """Have the deadline come at once when the caller goes away: nothing else tells who does not read just then."""
+
+    def end(_: object) -> None:
+        if not deadline.expired():
+            deadline.reschedule(0)
+
+    gone.add_done_callback(end)
+    try:
+        yield
+    finally:
+        gone.remove_done_callback(end)
+
+
+def _gone() -> Cancelled:
+    return Cancelled("The caller went away before the end of its request.")
 
 
 async def _linger(request: Request) -> None:
@@ -123,12 +145,22 @@ class _Server(uvicorn.Server):
 
 def _protocol(leaf: Leaf) -> type[H11Protocol]:
     class NamingItsPeer(H11Protocol):
-        """Tells each request of a connection, as `request.state.caller`, which service sent it."""
+        """Tells each request, in `request.state`, which service is its `caller`, and when that is `gone`."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
             caller = leaf.service_of(peer_spiffe_id(transport.get_extra_info("ssl_object")))
-            self.app_state = {**self.app_state, "caller": caller}
+            self._gone: asyncio.Future[None] = self.loop.create_future()
+            self.app_state = {**self.app_state, "caller": caller, "gone": self._gone}
             super().connection_made(transport)
+
+        def handle_events(self) -> None:
+            super().handle_events()
+            if self.cycle is not None and not self.cycle.more_body:
+                self.flow.resume_reading()  # stopped at a full buffer: whoever does not read hears of no end
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._gone.set_result(None)
+            super().connection_lost(exc)
 
     return NamingItsPeer
 

@@ -121,24 +121,26 @@ async def serving(
     *register: service.Register,
     http: Mapping[str, http_listener.Endpoint] | None = None,
     rpcs: Contract | None = None,
+    service_name: str = SERVICE,
 ) -> AsyncIterator[Server]:
-    """Serve on free ports of loopback."""
-    verifier, intentions, rpcs = Verifier(), Intentions(leaf(SERVICE)), rpcs or contract.installed()
+    """Serve on free ports of loopback, with the certificate of `service_name`."""
+    own, rpcs = leaf(service_name), rpcs or contract.installed()
+    verifier, intentions = Verifier(), Intentions(own)
     verifier.take(JWKS)
     intentions.take([])
     async with AsyncExitStack() as stack:
-        admission = service.Admission(verifier, intentions, rpcs, leaf(SERVICE))
+        admission = service.Admission(verifier, intentions, rpcs, own)
         server = grpc.aio.server(interceptors=[admission], options=service.OPTIONS)
         for add in register:
             add(server)
-        port = server.add_secure_port("127.0.0.1:0", leaf(SERVICE).grpc_server())
+        port = server.add_secure_port("127.0.0.1:0", own.grpc_server())
         await server.start()
         stack.push_async_callback(server.stop, 0)
         http_url = ""
         if http:
             application = http_listener.application(http, verifier, intentions, rpcs)
             port_of_http = await stack.enter_async_context(
-                http_listener.listening(application, "127.0.0.1", 0, leaf(SERVICE), 10)
+                http_listener.listening(application, "127.0.0.1", 0, own, 10)
             )
             http_url = f"https://127.0.0.1:{port_of_http}"
         yield Server(f"127.0.0.1:{port}", http_url, admission, verifier, intentions, stack)

@@ -268,7 +268,10 @@ def _tokens(jwks: str | None) -> Spec:
                 "clock_skew_seconds": LEEWAY_SECONDS,
                 "local_jwks": {"inline_string": jwks},
                 # Said, because the default also takes a token from the query, which ends up in logs.
-                "from_headers": [{"name": "authorization", "value_prefix": "Bearer "}],
+                # A scheme's case means nothing (RFC 9110, 11.1); a prefix's does, so each that is in use is named.
+                "from_headers": [
+                    {"name": "authorization", "value_prefix": f"{scheme} "} for scheme in ("Bearer", "bearer", "BEARER")
+                ],
                 "forward": True,
                 "payload_in_metadata": CLAIMS,
                 # Exact-match maps read headers, not metadata.

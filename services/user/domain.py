@@ -354,8 +354,9 @@ def exceeded(account: Account, kind: Kind, usage: Usage, amount: int, now: datet
     return QuotaExceeded(
         f"The quota of {kind.value} is {limit}: {used} used, {amount} more asked for.",
         metadata={"metric": kind.value, "limit": str(limit), "used": str(used), "requested": str(amount)},
-        # Storage is freed by deleting, not by waiting.
-        retry_after_seconds=(reset_time(now) - now).total_seconds() if kind is Kind.TASKS else None,
+        # The tasks of a month come back with the next one; storage is freed by deleting, and what is too much for an
+        # empty month is so for every one.
+        retry_after_seconds=(reset_time(now) - now).total_seconds() if kind is Kind.TASKS and amount <= limit else None,
     )
 
 

@@ -93,8 +93,13 @@ def test_the_rate_class_counts_users_or_addresses(access: str, key: str) -> None
         assert route["metadata"]["filter_metadata"]["atelier.rates"] == {key: "READ"}
 
 
-def test_the_deadline_becomes_the_timeout() -> None:
-    assert [route["route"]["timeout"] for route in routed(GET)] == ["5s", "5s"]
+def test_the_edge_waits_a_little_longer_than_the_deadline_for_the_service_to_say_so() -> None:
+    assert [route["route"]["timeout"] for route in routed(GET)] == ["6s", "6s"]
+
+
+def test_bytes_may_take_their_time_but_must_not_stand_still() -> None:
+    for route in routed(replace(GET, bytes=True, deadline_seconds=600)):
+        assert (route["route"]["timeout"], route["route"]["idle_timeout"]) == ("0s", "60s")
 
 
 def test_a_stream_has_no_timeout_but_must_not_fall_silent() -> None:
