@@ -115,9 +115,9 @@ async def serving(
     verifier.take(JWKS)
     async with AsyncExitStack() as stack:
         admission = service.Admission(verifier, rpcs, leaf(SERVICE))
-        server = grpc.aio.server(interceptors=[admission], options=service.OPTIONS)
+        server = grpc.aio.server(handlers=[admission], options=service.OPTIONS)
         for add in register:
-            add(server)
+            add(admission)
         port = server.add_secure_port("127.0.0.1:0", leaf(SERVICE).grpc_server())
         await server.start()
         stack.push_async_callback(server.stop, 0)

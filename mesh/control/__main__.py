@@ -22,10 +22,9 @@ from mesh.control.topology import ADS_META, TopologyService
 from mesh.discovery import Registration
 from mesh.identity import IdentityFeed, RemoteIdentityFeed, Verifier
 from mesh.live import Live
-from mesh.service import Admission
+from mesh.service import Admission, Register
 
 OPENAPI = contract.IMAGE.parent / "openapi.json"
-ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources"
 OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second control plane on this port would be a mistake
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # Envoy asks every 10 s whether this one is alive
@@ -92,11 +91,13 @@ async def serve(config: Config, leaf: Leaf, feed: IdentityFeed, stopping: asynci
             publisher=publisher,
             verifier=verifier,
         )
-        server = grpc.aio.server(interceptors=[Admission(verifier, rpcs, leaf, beside={ADS})], options=OPTIONS)
+        admitting = Admission(verifier, rpcs, leaf)
+        server = grpc.aio.server(handlers=[admitting], options=OPTIONS)
+        # No contract of ours: it admits its callers itself.
         ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(served, server)
-        topology_pb2_grpc.add_TopologyServiceServicer_to_server(
-            TopologyService(config.instance, plane, served, rpcs, peer), server
-        )
+        topology = TopologyService(config.instance, plane, served, rpcs, peer)
+        register: Register = partial(topology_pb2_grpc.add_TopologyServiceServicer_to_server, topology)
+        register(admitting)
         # The same behind two certificates: xDS clients ask for a host's name, all others for the service's.
         shown = config.secret("ads.key").encode(), config.secret("ads.pem").encode()
         server.add_secure_port(config.address, leaf.grpc_server(shown))
