@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-import uuid
 from collections.abc import Mapping
+
+import uuid_utils
 
 from mesh import context
 from mesh.context import Request
@@ -58,7 +59,7 @@ def admit(
     request = Request(
         caller=caller,
         user=None,
-        request_id=metadata.get("x-request-id") or str(uuid.uuid4()),
+        request_id=metadata.get("x-request-id") or str(uuid_utils.uuid4()),
         deadline=time.monotonic() + min(method.deadline_seconds, math.inf if seconds is None else seconds),
         metadata=metadata,
     )

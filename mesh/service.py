@@ -10,7 +10,7 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
 from math import ceil
@@ -34,9 +34,13 @@ from mesh.intentions import Intentions
 from mesh.live import Live
 from mesh.ports import Ports
 
-Register = Callable[[grpc.aio.Server], None]
+Register = Callable[[Any], None]
+"""Generated code that adds a servicer's handlers to what it is given."""
 Dependency = Callable[[], Awaitable[object]]
 Background = Callable[[], Awaitable[None]]
+_Call = grpc.aio.ServicerContext[Any, Any]
+_Handler = Callable[[Any, _Call], Awaitable[Any]]
+_Read = Callable[[bytes], Any]
 
 HEALTH_PERIOD_SECONDS = 1.0
 DEPENDENCY_SECONDS = 2.0  # no answer for so long twice in a row, and the dependency counts as away
@@ -63,21 +67,20 @@ class RequestMalformed(InvalidArgument):
     reason = "REQUEST_MALFORMED"
 
 
-class Admission(grpc.aio.ServerInterceptor):
-    """Wraps each handler, once, in everything that the contract asks of it.
+class Admission(grpc.GenericRpcHandler):
+    """Takes the handlers of servicers, as a server would, and wraps each in everything that the contract asks of it.
+
+    Not an interceptor, and to the server one handler of all: for every call grpc.aio would walk through interceptors,
+    and look at each rpc that is registered with it.
 
     Args:
         verifier: of people's tokens.
         intentions: what operators take from what the policies allow.
         rpcs: the policies.
         leaf: our certificate; callers must be of the same mesh.
-        beside: full names of rpcs that are no contract of ours and admit callers themselves.
     """
 
-    def __init__(
-        self, verifier: Verifier, intentions: Intentions, rpcs: Contract, leaf: Leaf, beside: Collection[str] = ()
-    ) -> None:
-        self._beside = beside
+    def __init__(self, verifier: Verifier, intentions: Intentions, rpcs: Contract, leaf: Leaf) -> None:
         self._intentions = intentions
         self._verifier = verifier
         self._leaf = leaf
@@ -86,6 +89,19 @@ class Admission(grpc.aio.ServerInterceptor):
         self._streams: dict[asyncio.Timeout, Request] = {}
         verifier.on_revocation = self.end_revoked_streams
         intentions.on_change = self.end_denied_streams
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """Take a servicer's handlers from generated code; one without a policy is nobody's to call."""
+        for name, handler in handlers.items():
+            method = self._rpcs.methods.get(f"/{service}/{name}")
+            if method is not None:
+                self._handlers[method.full_name] = self._wrapped(handler, method)
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Take nothing: generated code says here once more what it says above."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        return self._handlers.get(handler_call_details.method)
 
     def end_streams(self) -> None:
         """End every open stream with UNAVAILABLE: some last for hours, and their clients resume elsewhere."""
@@ -109,17 +125,6 @@ class Admission(grpc.aio.ServerInterceptor):
             except PermissionDenied as error:
                 _end(deadline, request, error)
 
-    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        name = handler_call_details.method
-        wrapped = self._handlers.get(name)
-        if wrapped is None:
-            handler = await continuation(handler_call_details)
-            method = self._rpcs.methods.get(name)
-            if handler is None or method is None:
-                return handler if name in self._beside else None  # without a policy it is nobody's to call
-            wrapped = self._handlers[name] = self._wrapped(handler, method)
-        return wrapped
-
     def _wrapped(self, handler: Any, method: Method) -> grpc.RpcMethodHandler[Any, Any]:
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(
@@ -135,51 +140,53 @@ class Admission(grpc.aio.ServerInterceptor):
             )
         raise TypeError(f"{method.full_name}: requests that stream are served over HTTP")
 
-    # Requests are read here and not by gRPC, which would tell the caller of Python's exceptions.
-    def _unary(self, inner: Any, method: Method, read: Callable[[bytes], Any]) -> Any:
-        async def serve_unary(body: bytes, call: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            async with self._served(method, body, read, call) as message:
-                return await inner(message, call)
+    def _unary(self, inner: _Handler, method: Method, read: _Read) -> _Handler:
+        async def serve_unary(body: bytes, call: _Call) -> Any:
+            return await self._serve(method, body, read, call, inner)
 
         return serve_unary
 
-    def _stream(self, inner: Any, method: Method, read: Callable[[bytes], Any]) -> Any:
+    def _stream(
+        self, inner: Callable[[Any, _Call], AsyncGenerator[Any, None]], method: Method, read: _Read
+    ) -> _Handler:
         # Writes instead of yielding: what ends it while its reader is slow is then raised here, not in grpc.
-        async def serve_stream(body: bytes, call: grpc.aio.ServicerContext[Any, Any]) -> None:
-            async with self._served(method, body, read, call) as message, aclosing(inner(message, call)) as responses:
+        async def write_all(message: Any, call: _Call) -> None:
+            async with aclosing(inner(message, call)) as responses:
                 async for response in responses:
                     try:
                         await call.write(response)
                     except grpc.aio.InternalError:
                         raise asyncio.CancelledError from None  # nobody reads on; gRPC is about to say the same
 
+        async def serve_stream(body: bytes, call: _Call) -> None:
+            await self._serve(method, body, read, call, write_all)
+
         return serve_stream
 
-    @asynccontextmanager
-    async def _served(
-        self, method: Method, body: bytes, read: Callable[[bytes], Any], call: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[Any]:
-        """Hold one call: let it in, end it in time, and tell its failure to the caller, the log and the audit.
+    # Requests are read here and not by gRPC, which would tell the caller of Python's exceptions.
+    async def _serve(self, method: Method, body: bytes, read: _Read, call: _Call, handler: _Handler) -> Any:
+        """Serve one call: let it in, end it in time, and tell its failure to the caller, the log and the audit.
 
-        Yields the request that `read` finds in `body`.
+        Returns what `handler` makes of the request that `read` finds in `body`.
         """
         metadata = {key: value for key, value in call.invocation_metadata() or () if isinstance(value, str)}
         deadline: asyncio.Timeout | None = None
         request: Request | None = None
-        failure: MeshError | None = None
         try:
             with telemetry.server_span(method.full_name, metadata):
-                caller = self._leaf.caller(call)
-                request = admission.admit(
-                    method, caller, metadata, self._verifier, self._intentions, seconds=call.time_remaining()
-                )
+                caller, seconds = self._leaf.caller(call), call.time_remaining()
+                request = admission.admit(method, caller, metadata, self._verifier, self._intentions, seconds=seconds)
                 message = _read(body, read)
                 _fill_request_id(message, metadata)
                 bounds.check(message)
-                async with asyncio.timeout_at(request.deadline) as deadline:
+                # At the caller's own deadline gRPC cancels the call; a timer costs as much as all the rest here.
+                ours = seconds is None or seconds > method.deadline_seconds
+                async with asyncio.timeout_at(request.deadline if ours else None) as deadline:
                     if method.server_streaming:
                         self._streams[deadline] = request
-                    yield message
+                    answer = await handler(message, call)
+                admission.audit(method, None)
+                return answer
         except MeshError as error:
             failure = error
         except asyncio.CancelledError:
@@ -193,15 +200,14 @@ class Admission(grpc.aio.ServerInterceptor):
         except Exception as error:  # noqa: BLE001 - the last stop before the wire
             failure = admission.internal(error, method)
         finally:
-            if deadline:
+            if method.server_streaming and deadline:
                 self._streams.pop(deadline, None)
         admission.audit(method, failure)
-        if failure:
-            code, text = status.GRPC_CODES[failure.code_number], status.clipped(failure.message)
-            await call.abort(code, text, status.to_trailers(failure))
+        code, text = status.GRPC_CODES[failure.code_number], status.clipped(failure.message)
+        return await call.abort(code, text, status.to_trailers(failure))
 
 
-def _read(body: bytes, read: Callable[[bytes], Any]) -> Any:
+def _read(body: bytes, read: _Read) -> Any:
     try:
         return read(body)
     except DecodeError:
@@ -252,7 +258,7 @@ async def serve(
     Args:
         config: who it is and where the mesh is.
         leaf: its certificate.
-        register: each adds a servicer to the server.
+        register: each adds a servicer to what it is given.
         dependencies: each raises when what it stands for does not answer; until all do, the service is not SERVING.
         http: endpoints for rpcs whose policy says `bytes`, by full name.
         background: work that never returns; a crash is logged and it is begun again.
@@ -336,6 +342,8 @@ async def listening(
     register: Sequence[Register],
     doors: Mapping[str, grpc.ServerCredentials],
     config: ServiceConfig,
+    *,
+    beside: Sequence[Register] = (),
 ) -> AsyncIterator[list[int]]:
     """Hold the gRPC server. At the end streams end at once, calls within `drain_seconds`.
 
@@ -344,12 +352,15 @@ async def listening(
         register: each adds a servicer to the server.
         doors: address to what is shown there; all lead to the same handlers.
         config: who it is.
+        beside: likewise, of what is no contract of ours and admits its callers itself.
 
     Yields:
         The port of each door.
     """
-    server = grpc.aio.server(interceptors=[admitting], options=OPTIONS)
+    server = grpc.aio.server(handlers=[admitting], options=OPTIONS)
     for add in register:
+        add(admitting)
+    for add in beside:
         add(server)
     ports = [server.add_secure_port(address, shown) for address, shown in doors.items()]
     await server.start()

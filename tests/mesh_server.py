@@ -130,9 +130,9 @@ async def serving(
     intentions.take([])
     async with AsyncExitStack() as stack:
         admission = service.Admission(verifier, intentions, rpcs, own)
-        server = grpc.aio.server(interceptors=[admission], options=service.OPTIONS)
+        server = grpc.aio.server(handlers=[admission], options=service.OPTIONS)
         for add in register:
-            add(server)
+            add(admission)
         port = server.add_secure_port("127.0.0.1:0", own.grpc_server())
         await server.start()
         stack.push_async_callback(server.stop, 0)

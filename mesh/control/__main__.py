@@ -25,7 +25,6 @@ from mesh.ports import Ports
 from mesh.service import Admission
 
 OPENAPI = contract.IMAGE.parent / "openapi.json"
-ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources"
 
 
 def settings(config: Config) -> edge.Settings:
@@ -77,13 +76,12 @@ async def main(config: Config) -> None:
         own = f"{config.host}:{ports.wanted('grpc', config.port)}"
         *_, port = await hold(
             service.listening(
-                Admission(verifier, intentions, rpcs, leaf, beside={ADS}),
-                [
-                    partial(ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server, served),
-                    partial(topology_pb2_grpc.add_TopologyServiceServicer_to_server, topology),
-                ],
+                Admission(verifier, intentions, rpcs, leaf),
+                [partial(topology_pb2_grpc.add_TopologyServiceServicer_to_server, topology)],
                 {config.address: leaf.grpc_server(shown), own: leaf.grpc_server()},
                 config,
+                # No contract of ours: it admits its callers itself.
+                beside=[partial(ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server, served)],
             )
         )
         ports.keep("grpc", port)
