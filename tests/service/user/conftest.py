@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 import pytest
 from argon2 import PasswordHasher
@@ -14,7 +13,7 @@ from atelier.auth.v1 import auth_pb2, auth_pb2_grpc
 from atelier.task.v1 import task_pb2, task_pb2_grpc
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 
-from mesh import database, migrations
+from mesh import database
 from mesh.context import caller
 from mesh.errors import MeshError, NotFound
 from services.user.consumers import TaskEvents
@@ -22,6 +21,7 @@ from services.user.handlers import UserService
 from services.user.passwords import Argon2Passwords
 from services.user.repository import SqlAccounts, SqlQuotas
 from services.user.upkeep import Upkeep
+from tests.databases import NewDatabase
 from tests.held_clock import HeldClock
 from tests.mesh_server import Server, serving
 
@@ -98,9 +98,8 @@ class Home:
 
 
 @pytest.fixture
-async def home(tmp_path: Path) -> AsyncIterator[Home]:
-    url = f"sqlite+aiosqlite:///{tmp_path}/user.db"
-    await migrations.upgrade("user", url)
+async def home(new_database: NewDatabase) -> AsyncIterator[Home]:
+    url = await new_database("user")
     auth, tasks, clock = StubAuth(), StubTasks(), HeldClock(datetime(2026, 10, 30, 12, 0, tzinfo=UTC))
     async with (
         database.opened(url) as sql,

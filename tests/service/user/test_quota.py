@@ -40,11 +40,14 @@ async def test_of_a_thousand_parallel_calls_the_limit_s_hundred_pass(home):
     ada = await home.registered()
 
     async def attempt(number):
-        try:
-            await home.quotas.reserve(f"tsk_{number}/1", ada.user_id, Kind.TASKS, 1, home.clock.now())
-        except MeshError as refusal:
-            return refusal.reason
-        return "passed"
+        while True:
+            try:
+                await home.quotas.reserve(f"tsk_{number}/1", ada.user_id, Kind.TASKS, 1, home.clock.now())
+            except Unavailable:
+                continue  # a machine that takes longer over a thousand than one may wait for its turn
+            except ResourceExhausted as refusal:
+                return refusal.reason
+            return "passed"
 
     outcomes = await asyncio.gather(*(attempt(number) for number in range(1000)))
 
