@@ -16,6 +16,7 @@ import psycopg
 
 from scripts.local import postgresql
 from scripts.local.install import postgresql as programs
+from scripts.local.layout import postgresql_account
 from tests.ports import free_port
 
 START_SECONDS = 60.0  # less than one on an idle machine
@@ -38,9 +39,9 @@ class Server:
         """Start the server and wait until it lets somebody in."""
         bin_folder = programs()
         assert bin_folder is not None, "PostgreSQL is missing; scripts/test installs it"
-        data = self._folder / "data"
+        data = self._folder / "server" / "data"
         postgresql.initialise(bin_folder, data, PASSWORD)
-        user = postgresql.account()
+        user = postgresql_account()
         deadline = time.monotonic() + START_SECONDS
         while (answer := postgresql.answer(self.port, PASSWORD)) != "passing":
             # It may end at once: a killed one's children hold on for a moment.
@@ -49,7 +50,7 @@ class Server:
                     self._process = subprocess.Popen(
                         postgresql.command(bin_folder, data, self.port, **self._settings),
                         user=user, group=user, extra_groups=None if user is None else [],
-                        cwd=self._folder, stdout=output, stderr=output,
+                        cwd=data, stdout=output, stderr=output,
                     )  # fmt: skip
             if time.monotonic() > deadline:
                 said = (self._folder / "output").read_text()[-2000:]
@@ -88,8 +89,7 @@ class Server:
 def running(**settings: str) -> Iterator[Server]:
     """Hold a server in a folder that its user can enter, as pytest's own do not let him."""
     folder = Path(tempfile.mkdtemp(prefix="atelier-postgresql-"))
-    if postgresql.account():
-        shutil.chown(folder, postgresql.account())
+    folder.chmod(0o711)
     server = Server(folder, **settings)
     try:
         server.start()

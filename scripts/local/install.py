@@ -113,11 +113,12 @@ def require_room(folder: Path) -> None:
 # Debian packages
 
 
-def postgresql() -> str | None:
-    """Return the folder of PostgreSQL's programs, those of the newest version, if there are any."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
-    program = str(found[-1]) if found else shutil.which("postgres")
-    return str(Path(program).resolve().parent) if program else None
+def postgresql(version: str = "*") -> str | None:
+    """Return the folder of PostgreSQL's programs, of the newest version that fits, if there are any."""
+    found = sorted(
+        Path("/usr/lib/postgresql").glob(f"{version}/bin/postgres"), key=lambda path: int(path.parent.parent.name)
+    )
+    return str(found[-1].parent) if found else None
 
 
 def rabbitmq_servers() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import stat
 import subprocess
@@ -13,20 +12,22 @@ from pathlib import Path
 import psycopg
 from psycopg import sql
 
+from scripts.local.layout import DATABASES, Layout, postgresql_account
 from scripts.local.programs import CannotStart
 
 ADMIN = "postgres"  # the database's superuser
-ACCOUNT = "postgres"  # whose process it is when we are root, as whom it refuses to run; Debian's package makes it
-
-
-def account() -> str | None:
-    """Return the user as whom the server must be run; None when it is ourselves."""
-    return ACCOUNT if os.geteuid() == 0 else None
+CONNECTIONS = 500  # enough for dozens of replicas; an unused one costs next to nothing
 
 
 def command(bin_folder: str, data: Path, port: int, **settings: str) -> tuple[str, ...]:
     """Return what runs the server in the foreground, on loopback."""
-    told = {"listen_addresses": "127.0.0.1", "port": str(port), "unix_socket_directories": "", **settings}
+    told = {
+        "listen_addresses": "127.0.0.1",
+        "port": str(port),
+        "unix_socket_directories": "",
+        "max_connections": str(CONNECTIONS),
+        **settings,
+    }
     options = [part for name, value in told.items() for part in ("-c", f"{name}={value}")]
     return (str(Path(bin_folder) / "postgres"), "-D", str(data), *options)
 
@@ -36,7 +37,7 @@ def initialise(bin_folder: str, data: Path, password: str) -> None:
 
     Args:
         bin_folder: where the server's programs are.
-        data: is made; its parent belongs to `account`.
+        data: is made, and its parent.
         password: ADMIN's; a connection without a password is not possible.
 
     Raises:
@@ -44,21 +45,25 @@ def initialise(bin_folder: str, data: Path, password: str) -> None:
     """
     if data.exists():
         return
-    require_enterable(data.parent)
+    account = postgresql_account()
+    data.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if account:
+        require_enterable(data.parent, account)
+        shutil.chown(data.parent, account)
     fresh = data.with_name("fresh")  # renamed when it is whole: a broken-off initdb is begun anew
     shutil.rmtree(fresh, ignore_errors=True)
     with tempfile.NamedTemporaryFile("w", dir=data.parent) as secret:
         secret.write(password)
         secret.flush()
-        if account():
-            shutil.chown(secret.name, account())
+        if account:
+            shutil.chown(secret.name, account)
         arguments = (
             f"--pgdata={fresh}", f"--username={ADMIN}", f"--pwfile={secret.name}", "--auth=scram-sha-256",
             "--data-checksums", "--encoding=UTF8", "--locale=C", "--no-instructions",
         )  # fmt: skip
         done = subprocess.run(
             [Path(bin_folder) / "initdb", *arguments],
-            user=account(), group=account(), extra_groups=None if account() is None else [],
+            user=account, group=account, extra_groups=[] if account else None,
             cwd=data.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
         )  # fmt: skip
     if done.returncode != 0:
@@ -66,21 +71,28 @@ def initialise(bin_folder: str, data: Path, password: str) -> None:
     fresh.rename(data)
 
 
-def require_enterable(folder: Path) -> None:
-    """Check that the server's user gets as far as a folder.
+def require_enterable(folder: Path, account: str) -> None:
+    """Check that another user gets as far as a folder.
 
     Raises:
         CannotStart: one of the folders above lets only its owner in.
     """
-    if account() is None:
-        return
     closed = [parent for parent in folder.parents if not parent.stat().st_mode & stat.S_IXOTH]
     if closed:
         raise CannotStart(
-            f"PostgreSQL does not run as root; as the user {ACCOUNT} it must get to {folder}, and {closed[-1]} lets "
-            f"only its owner in. Open it (chmod o+x {closed[-1]}), or keep the mesh's state elsewhere, for example:\n\n"
+            f"PostgreSQL does not run as root but as the user {account}, who must get to {folder}, and {closed[-1]} "
+            f"lets only its owner in. Open it (chmod o+x {closed[-1]}), or keep the mesh's state elsewhere:\n\n"
             "    ATELIER_VAR=/var/lib/atelier scripts/up --postgres"
         )
+
+
+def urls(layout: Layout, keys: Mapping[str, str]) -> dict[str, str]:
+    """Return what tells each service where its database is and lets it in."""
+    place = f"127.0.0.1:{layout.postgresql_port}"
+    return {
+        f"{name.upper()}_DATABASE_URL": f"postgresql+psycopg://{name}:{keys[f'postgresql.{name}']}@{place}/{name}"
+        for name in DATABASES
+    }
 
 
 def answer(port: int, password: str) -> str:

@@ -1,17 +1,22 @@
 """What is revoked, and how long and to whom it is told."""
 
 import asyncio
+from contextlib import suppress
+from dataclasses import asdict
 from datetime import timedelta
 
 import jwt
 import pytest
 from atelier.auth.v1 import auth_pb2 as pb
 from atelier.mesh.v1 import identity_pb2
+from sqlalchemy import insert
 
 from mesh.errors import PermissionDenied, Unauthenticated
 from mesh.identity import TokenInvalid, TokenRevoked, Verifier
-from services.auth.domain import REUSE_GRACE, REVOCATION_LIFE, Revocation
+from services.auth.domain import REFRESH_LIFE, REUSE_GRACE, REVOCATION_LIFE, RefreshToken, Revocation, Session
 from services.auth.repository import SqlRevocations
+from services.auth.tables import refresh_token
+from tests.databases import on_postgresql
 
 SECOND = timedelta(seconds=1)
 
@@ -142,3 +147,48 @@ async def test_too_many_revocations_end_all_tokens_by_a_new_key_at_once_and_once
     with pytest.raises(TokenInvalid):
         verifier.user(f"Bearer {tokens.access_token}")
     assert verifier.user(f"Bearer {(await home.refreshed(tokens.refresh_token)).access_token}")
+
+
+async def test_a_revocation_that_comes_as_another_expires_is_told(home):
+    revocations, now = SqlRevocations(home.sql), home.clock.now()
+    await revocations.add(Revocation("sid", "ses_old", now + 10 * SECOND), now)
+    await revocations.add(Revocation("sid", "ses_last", now + 400 * SECOND), now)
+    await home.revoked()
+
+    await revocations.add(Revocation("sid", "ses_new", now + 390 * SECOND), now + 20 * SECOND)
+
+    assert await home.revoked() == [("sid", "ses_last"), ("sid", "ses_new")]
+
+
+@on_postgresql
+async def test_a_session_ended_during_a_refresh_takes_the_fresh_access_token_with_it(home):
+    now = home.clock.now()
+    session = Session("ses_1", "usr_1", now)
+    old = RefreshToken(b"old", "ses_1", expire_time=now + REFRESH_LIFE - 3600 * SECOND)
+    fresh = RefreshToken(b"fresh", "ses_1", expire_time=now + REFRESH_LIFE)
+    await home.sessions.open(session, old)
+
+    class Undone(Exception):
+        """So that the row below was never there."""
+
+    with suppress(Undone):
+        async with home.sql.transaction() as connection:
+            # The exchange has looked at the session when it comes to wait for this row.
+            await connection.execute(insert(refresh_token).values(asdict(fresh)))
+            exchange = asyncio.create_task(home.sessions.exchange(b"old", fresh, now))
+            await asyncio.wait([exchange], timeout=0.5)
+            end = asyncio.create_task(home.sessions.revoke(session, now, all_sessions=True))
+            await asyncio.wait([end], timeout=0.5)
+            raise Undone
+    refusal, _ = await asyncio.gather(exchange, end, return_exceptions=True)
+
+    assert refusal is not None or await home.revoked() == [("sid", "ses_1")]
+
+
+@on_postgresql
+async def test_two_who_end_all_sessions_of_a_user_at_once_do_not_wait_for_each_other(home):
+    tokens = [await home.issued() for _ in range(20)]
+
+    await asyncio.gather(*(home.revoke(each.refresh_token, all_sessions=True) for each in tokens))
+
+    assert len(await home.revoked()) == 20

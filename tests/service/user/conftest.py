@@ -15,6 +15,7 @@ from atelier.user.v1 import user_pb2, user_pb2_grpc
 
 from mesh import database
 from mesh.context import caller
+from mesh.database import Database
 from mesh.errors import MeshError, NotFound
 from services.user.consumers import TaskEvents
 from services.user.handlers import UserService
@@ -71,6 +72,7 @@ class Home:
     """What a test of the user service needs at hand."""
 
     server: Server
+    sql: Database
     accounts: SqlAccounts
     quotas: SqlQuotas
     auth: StubAuth
@@ -119,7 +121,7 @@ async def home(new_database: NewDatabase) -> AsyncIterator[Home]:
         task = task_pb2_grpc.TaskServiceStub(task_server.channel(caller="user"))
         upkeep = Upkeep(accounts, quotas, task, tokens, clock)
         async with serving(partial(user_pb2_grpc.add_UserServiceServicer_to_server, users)) as server:
-            yield Home(server, accounts, quotas, auth, tasks, clock, TaskEvents(quotas, clock), upkeep)
+            yield Home(server, sql, accounts, quotas, auth, tasks, clock, TaskEvents(quotas, clock), upkeep)
         # Whatever a test did, the counters are the sum of the ledger.
         assert await quotas.audit() == []
 
