@@ -175,7 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{variable} is not set")
         before, after = asyncio.run(upgrade(options.service, os.environ[variable]))
     except MeshError as refusal:
-        sys.stderr.write(f"{options.service}: {refusal.message}\n")
+        said = str(getattr(refusal.__cause__, "orig", "")).replace("\n", " ")  # whoever runs this may know the driver's
+        sys.stderr.write(f"{options.service}: {refusal.message}{f' It says: {said}' if said else ''}\n")
         return 1
     _say(f"{options.service}: " + (f"already at {after}" if before == after else f"{before or 'new'} → {after}"))
     return 0

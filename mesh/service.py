@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from typing import Any
 
 import grpc
@@ -210,11 +210,13 @@ def _fill_request_id(message: Any, metadata: Mapping[str, str]) -> None:
 
 
 def every(seconds: float, step: Callable[[], Awaitable[None]]) -> Background:
-    """Return background work that takes `step`, and again `seconds` after each time it ended."""
+    """Return background work that takes `step`, and again `seconds` after each time it ended or found something away."""
 
     async def run() -> None:
         while True:
-            await step()
+            # What is away comes back by itself: its absence must not slow the work down, as a crash would.
+            with suppress(Unavailable):
+                await step()
             await asyncio.sleep(seconds)
 
     return run

@@ -15,7 +15,7 @@ import httpx
 import psycopg
 import pytest
 
-from scripts.local.layout import DATABASES
+from scripts.local.layout import DATABASES, Layout
 from tests.eventually import eventually
 from tests.installation import Mesh, running
 from tests.people import Person, registered
@@ -56,10 +56,9 @@ async def persistent(call: Any) -> httpx.Response:
 
 
 def connected(mesh: Mesh, role: str, database: str) -> psycopg.Connection[Any]:
-    server = next(each for each in mesh.status()["processes"] if each["name"] == "postgresql")
-    host, _, port = server["address"].partition(":")
+    port = Layout.from_environment(mesh.environment).postgresql_port
     password = mesh.secret(f"postgresql.{role}")
-    return psycopg.connect(host=host, port=port, user=role, password=password, dbname=database)
+    return psycopg.connect(host="127.0.0.1", port=port, user=role, password=password, dbname=database)
 
 
 async def test_the_main_job(person: Person) -> None:

@@ -1,21 +1,18 @@
 """What is revoked, and how long and to whom it is told."""
 
 import asyncio
-from contextlib import suppress
-from dataclasses import asdict
 from datetime import timedelta
 
 import jwt
 import pytest
 from atelier.auth.v1 import auth_pb2 as pb
 from atelier.mesh.v1 import identity_pb2
-from sqlalchemy import insert
+from sqlalchemy import text
 
 from mesh.errors import PermissionDenied, Unauthenticated
 from mesh.identity import TokenInvalid, TokenRevoked, Verifier
 from services.auth.domain import REFRESH_LIFE, REUSE_GRACE, REVOCATION_LIFE, RefreshToken, Revocation, Session
 from services.auth.repository import SqlRevocations
-from services.auth.tables import refresh_token
 from tests.databases import on_postgresql
 
 SECOND = timedelta(seconds=1)
@@ -168,18 +165,13 @@ async def test_a_session_ended_during_a_refresh_takes_the_fresh_access_token_wit
     fresh = RefreshToken(b"fresh", "ses_1", expire_time=now + REFRESH_LIFE)
     await home.sessions.open(session, old)
 
-    class Undone(Exception):
-        """So that the row below was never there."""
-
-    with suppress(Undone):
-        async with home.sql.transaction() as connection:
-            # The exchange has looked at the session when it comes to wait for this row.
-            await connection.execute(insert(refresh_token).values(asdict(fresh)))
-            exchange = asyncio.create_task(home.sessions.exchange(b"old", fresh, now))
-            await asyncio.wait([exchange], timeout=0.5)
-            end = asyncio.create_task(home.sessions.revoke(session, now, all_sessions=True))
-            await asyncio.wait([end], timeout=0.5)
-            raise Undone
+    async with home.sql.transaction() as connection:
+        # The exchange has looked at both rows when it comes to wait for this.
+        await connection.execute(text("LOCK TABLE refresh_token IN SHARE MODE"))
+        exchange = asyncio.create_task(home.sessions.exchange(b"old", fresh, now))
+        await asyncio.wait([exchange], timeout=0.5)
+        end = asyncio.create_task(home.sessions.revoke(session, now, all_sessions=True))
+        await asyncio.wait([end], timeout=0.5)
     refusal, _ = await asyncio.gather(exchange, end, return_exceptions=True)
 
     assert refusal is not None or await home.revoked() == [("sid", "ses_1")]

@@ -11,6 +11,8 @@ from sqlalchemy import text
 from mesh import database, migrations
 from mesh.migrations import DatabaseNewerThanCode
 from scripts.local.layout import DATABASES
+from tests.databases import on_postgresql
+from tests.postgres import PASSWORD
 
 FIRST = """
 import sqlalchemy as sa
@@ -146,3 +148,12 @@ async def test_the_command_refuses_a_newer_database_in_one_sentence(url: str) ->
     assert status == 1
     assert "newer than this code" in output
     assert len(output.splitlines()) == 1
+
+
+@on_postgresql
+async def test_the_command_tells_why_a_database_lets_nobody_in_without_its_password(url: str) -> None:
+    status, output = await command(DATABASES[0], url=url.replace(PASSWORD, "wr0ng"))
+
+    assert status == 1
+    assert "password authentication failed" in output
+    assert "wr0ng" not in output
