@@ -210,7 +210,7 @@ def _fill_request_id(message: Any, metadata: Mapping[str, str]) -> None:
 
 
 def every(seconds: float, step: Callable[[], Awaitable[None]]) -> Background:
-    """Return background work that takes `step`, and again `seconds` after each time it ended or found something away."""
+    """Return background work that takes `step`, and again `seconds` after it ended or found something away."""
 
     async def run() -> None:
         while True:
