@@ -399,7 +399,7 @@ async def test_a_server_with_no_connection_free_is_unavailable(opened: Database,
 
 
 @on_postgresql
-async def test_whoever_waits_for_a_row_gives_up_in_time(opened: Database, url: str) -> None:
+async def test_whoever_waits_for_a_row_gives_up_when_the_url_says_so(opened: Database, url: str) -> None:
     async def take(database: Database) -> None:
         async with database.transaction() as connection:
             await connection.execute(update(counter).values(value=2))
@@ -410,6 +410,8 @@ async def test_whoever_waits_for_a_row_gives_up_in_time(opened: Database, url: s
 
         with pytest.raises(Unavailable):
             await take(other)
+        async with other.reading() as another:
+            assert await another.scalar(text("SHOW lock_timeout")) == "100ms"
 
 
 @on_postgresql

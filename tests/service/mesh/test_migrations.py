@@ -128,6 +128,15 @@ async def test_a_database_newer_than_the_code_is_refused_and_kept(services: Path
     assert await rows(url, "SELECT age FROM owner") == [(0,)]
 
 
+async def test_a_migration_waits_for_another_that_is_at_work(services: Path, url: str) -> None:
+    async with database.migrating(url):
+        another = asyncio.create_task(migrations.upgrade("shop", url, services=services))
+        done, _ = await asyncio.wait([another], timeout=1)
+
+    assert not done
+    assert await another == (None, "0001")
+
+
 async def test_the_command_says_what_it_did_and_two_at_once_do_it_once(url: str) -> None:
     service = DATABASES[0]
 
