@@ -175,12 +175,3 @@ async def test_a_session_ended_during_a_refresh_takes_the_fresh_access_token_wit
     refusal, _ = await asyncio.gather(exchange, end, return_exceptions=True)
 
     assert refusal is not None or await home.revoked() == [("sid", "ses_1")]
-
-
-@on_postgresql
-async def test_two_who_end_all_sessions_of_a_user_at_once_do_not_wait_for_each_other(home):
-    tokens = [await home.issued() for _ in range(20)]
-
-    await asyncio.gather(*(home.revoke(each.refresh_token, all_sessions=True) for each in tokens))
-
-    assert len(await home.revoked()) == 20
