@@ -247,16 +247,17 @@ async def test_an_event_is_new_once_for_each_consumer(opened: Database) -> None:
 
 
 async def test_concurrent_creates_with_one_key_get_one_id(opened: Database) -> None:
-    async def adopt(new_id: str) -> tuple[str, bool]:
+    async def adopt(key: str, new_id: str) -> tuple[str, bool]:
         async with opened.transaction() as connection:
             return await idempotency.adopt(
-                connection, idempotency_table, caller="usr_1", method="m", key="k", fingerprint=b"f", new_id=new_id
+                connection, idempotency_table, caller="usr_1", method="m", key=key, fingerprint=b"f", new_id=new_id
             )
 
-    answers = await asyncio.gather(*(adopt(f"tsk_{number}") for number in range(50)))
+    for key in ("connections are made", "connections are there"):
+        answers = await asyncio.gather(*(adopt(key, f"tsk_{number}") for number in range(50)))
 
-    assert len({adopted for adopted, _ in answers}) == 1
-    assert sum(fresh for _, fresh in answers) == 1
+        assert len({adopted for adopted, _ in answers}) == 1
+        assert sum(fresh for _, fresh in answers) == 1
 
 
 async def test_a_key_used_for_another_request_is_refused(opened: Database) -> None:
