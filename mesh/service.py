@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from functools import partial
 from math import ceil
 from typing import Any
@@ -28,7 +28,7 @@ from mesh.config import ServiceConfig
 from mesh.context import Request
 from mesh.contract import Contract, Method
 from mesh.discovery import Registration
-from mesh.errors import Cancelled, InvalidArgument, MeshError, PermissionDenied, Unauthenticated
+from mesh.errors import Cancelled, InvalidArgument, MeshError, PermissionDenied, Unauthenticated, Unavailable
 from mesh.identity import IdentityFeed, RemoteIdentityFeed, Verifier
 from mesh.intentions import Intentions
 from mesh.live import Live
@@ -234,11 +234,13 @@ def _fill_request_id(message: Any, metadata: Mapping[str, str]) -> None:
 
 
 def every(seconds: float, step: Callable[[], Awaitable[None]]) -> Background:
-    """Return background work that takes `step`, and again `seconds` after each time it ended."""
+    """Return background work that takes `step`, and again `seconds` after it ended or found something away."""
 
     async def run() -> None:
         while True:
-            await step()
+            # What is away comes back by itself: its absence must not slow the work down, as a crash would.
+            with suppress(Unavailable):
+                await step()
             await asyncio.sleep(seconds)
 
     return run

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh.certificates import PRESENT, ROOTS
+from scripts.local import postgresql
 from scripts.local.layout import Layout, Process
 
 # Straight to loopback, whatever proxy the user's environment names.
@@ -64,6 +65,9 @@ def of_all(layout: Layout, processes: list[Process]) -> dict[str, Health]:
         "epmd": lambda: _connects(layout.epmd_port),
         "consul": lambda: "passing" if _json(f"{layout.consul_url}/v1/status/leader") else "has no leader",
         "rabbitmq": lambda: _broker(layout.broker_port),
+        "postgresql": lambda: postgresql.answer(
+            layout.postgresql_port, (layout.secrets / "postgresql").read_text().strip()
+        ),
         "envoy": lambda: _edge(layout),
         "registrar": lambda: "passing" if registry else "Consul does not know our tokens",
         "edge-certificates": lambda: "passing" if edge_is_certified(layout) else "has no certificate",

@@ -174,6 +174,7 @@ class SqlQuotas:
                 reservation.c.state == State.HELD,
                 reservation.c.update_time < held_before,
             )
+            still = still.with_for_update()  # a repeated `reserve` has it wait anew
             if (await connection.execute(still)).one_or_none() is not None:
                 await _move(connection, reservation_id, target, now)
 

@@ -8,7 +8,6 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from atelier.task.v1 import task_pb2 as pb
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub, add_TaskServiceServicer_to_server
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 
-from mesh import database, migrations
+from mesh import database
 from mesh.errors import MeshError, NotFound, ResourceExhausted
 from mesh.outbox import Message
 from services.task import convert
@@ -27,6 +26,7 @@ from services.task.handlers import TaskService
 from services.task.repository import SqlTasks
 from services.task.tables import outbox_table
 from services.task.watch import Watches
+from tests.databases import NewDatabase
 from tests.eventually import eventually
 from tests.held_clock import HeldClock
 from tests.mesh_server import Server, serving
@@ -214,10 +214,9 @@ def bus() -> Bus:
 
 
 @pytest.fixture
-async def start(tmp_path: Path, storage: Storage, users: Users, bus: Bus) -> AsyncIterator[Start]:
+async def start(new_database: NewDatabase, storage: Storage, users: Users, bus: Bus) -> AsyncIterator[Start]:
     """Start any number of replicas over one database."""
-    url = f"sqlite+aiosqlite:///{tmp_path}/task.db"
-    await migrations.upgrade("task", url)
+    url = await new_database("task")
     async with AsyncExitStack() as stack:
 
         async def start(terms: Terms = BRISK, idle_seconds: float = 15.0) -> Replica:

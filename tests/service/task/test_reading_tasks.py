@@ -5,6 +5,7 @@ from atelier.task.v1 import task_pb2 as pb
 from sqlalchemy import text
 
 from services.task.tables import QUEUED, RUNNING
+from tests.databases import on_sqlite
 from tests.service.task.conftest import OWNER, STRANGER, Replica, refused
 
 
@@ -77,6 +78,7 @@ async def test_anothers_task_is_not_found_exactly_as_a_missing_one(replica: Repl
             )
 
 
+@on_sqlite
 async def test_every_search_of_many_tasks_uses_an_index(replica: Replica):
     searches = {
         f"SELECT * FROM task WHERE user_id = '{OWNER}' ORDER BY create_time DESC, task_id DESC": "task_by_user",
