@@ -6,7 +6,6 @@ before finishes what it has begun. On SIGTERM the present one finishes and all e
 
 from __future__ import annotations
 
-import ctypes
 import http.client
 import json
 import signal
@@ -19,11 +18,9 @@ from typing import Any
 DRAIN_SECONDS = 5.0  # for requests under way when all is to end; a watch has no end of its own and is cut then
 END_SECONDS = 5.0  # Envoy asked to end does so in a moment; killed after this
 ADMIN_SECONDS = 1.0
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _ENDING = {signal.SIGTERM, signal.SIGINT}
 _HEARD = {signal.SIGHUP, signal.SIGCHLD, *_ENDING}
-_libc = ctypes.CDLL(None)
 
 
 class Edge:
@@ -55,14 +52,14 @@ class Edge:
     def _start(self) -> None:
         self._epoch += 1
         command = [*self._command, "--restart-epoch", str(self._epoch)]
-        self._envoys.append(subprocess.Popen(command, preexec_fn=_bound))  # noqa: PLW1509 - there is one thread
+        self._envoys.append(subprocess.Popen(command, preexec_fn=_hearing))  # noqa: PLW1509 - there is one thread
 
     def _replace(self) -> None:
         if not self._is_live() or len(self._envoys) > 1:
             _say("The last replacement is not over yet; the present Envoy stays.")
             return
         # An Envoy that fails to start leaves the one before serving, but unable to ever be replaced.
-        checked = subprocess.run([*self._command, "--mode", "validate"], preexec_fn=_bound, check=False)
+        checked = subprocess.run([*self._command, "--mode", "validate"], preexec_fn=_hearing, check=False)
         if checked.returncode != 0:
             _say("The next Envoy would not start; the present one stays.")
             return
@@ -111,9 +108,8 @@ class Edge:
             connection.close()
 
 
-def _bound() -> None:
-    """In the child: hear signals again, and end when this process does, however that ends."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _hearing() -> None:
+    """In the child: hear signals again. That it ends when this process does, Envoy sees to itself."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
 
 

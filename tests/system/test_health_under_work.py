@@ -13,13 +13,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.installation import Mesh
-from tests.people import PASSWORD, Person
+from tests.people import Person
 from tests.photographs import photograph
 from tests.system.test_main_job import upload, watched
 
 ANSWER_SECONDS = 0.15  # three times the bound, since machines are shared
 MUCH = {"resize": {"width": 4000, "fit": "FIT_FIT", "format": "FORMAT_AVIF"}}  # some four seconds of pure CPU
-SIGN_INS = 15  # of each of four at a time, on two instances: some two seconds of it
 IDLE = "media"  # has nothing to do here: what its health takes is the machine's own doing
 
 
@@ -77,13 +76,3 @@ async def test_r20_a_worker_answers_probes_while_it_computes(mesh: Mesh, person:
         assert (await watched(person.http, created.json()["taskId"]))["state"] == "STATE_SUCCEEDED"
 
     await require_health(mesh, "media-worker", done, at_a_time=2)
-
-
-@pytest.mark.timeout(300)
-async def test_r20_the_user_service_answers_probes_while_it_hashes_passwords(mesh: Mesh, person: Person) -> None:
-    async def signed_in() -> None:
-        for _ in range(SIGN_INS):
-            login = await person.http.post("users/login", json={"login": person.username, "password": PASSWORD})
-            assert login.status_code == 200, login.text
-
-    await require_health(mesh, "user", signed_in, at_a_time=4)

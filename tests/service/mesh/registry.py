@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ class Registry:
         self.services: dict[str, dict[str, Any]] = {}
         self.passing: dict[str, list[tuple[str, int]]] = {}
         self.events: list[str] = []
+        self.deregistered_at = 0.0
         self.hangs = False
         self.intentions: list[dict[str, Any]] | None = None
         self.forbids = False
@@ -107,6 +109,7 @@ class Registry:
     async def _deregister(self, request: web.Request) -> web.Response:
         self.services.pop(request.match_info["instance"], None)
         self.events.append(f"deregister {request.match_info['instance']}")
+        self.deregistered_at = time.monotonic()
         return web.Response()
 
     async def _services(self, request: web.Request) -> web.Response:

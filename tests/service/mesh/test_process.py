@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mesh import certificates, errors
 from mesh.channel import MeshChannel
 from mesh.intentions import FILE
-from mesh.service import DEPENDENCY_SECONDS, STOP_SECONDS
+from mesh.service import DEPENDENCY_SECONDS, PROPAGATION_SECONDS, STOP_SECONDS
 from tests.authority import grpc_client, leaf
 from tests.eventually import eventually
 from tests.mesh_server import JWKS, headers
@@ -185,27 +185,26 @@ async def test_it_does_not_serve_before_it_has_ever_heard_of_intentions(tmp_path
     assert (tmp_path / "identity" / "task-1" / FILE).read_text() == "[]"
 
 
-async def test_a_stop_says_not_serving_first_then_leaves_the_registry_and_only_later_closes_the_door(
-    tiny: Tiny,
-) -> None:
-    stub = await tiny.stub()
-    found = await tiny.registered()
-    call = asyncio.create_task(stub.GetTask(GET))
-    await eventually((tiny.folder / "entered").exists)
-    tiny.registry.hangs = True  # so that the time between the first two steps can be seen
+async def test_a_stop_says_not_serving_before_it_leaves_the_registry(tiny: Tiny) -> None:
+    await eventually(tiny.is_serving)
+    tiny.registry.hangs = True  # so that the time between the two can be seen
 
     tiny.process.send_signal(signal.SIGTERM)
 
     await eventually(tiny.is_not_serving)
     assert "task-1" in tiny.registry.services
-    tiny.registry.hangs = False
-    # Whoever has not heard yet still gets in, and is served.
-    async with grpc.aio.secure_channel(
-        f"{found['Address']}:{found['Port']}", grpc_client(leaf("edge").present)
-    ) as late:
-        stream = task_pb2_grpc.TaskServiceStub(_People(late)).WatchTask(WATCH)
-        assert (await anext(stream)).cursor == "again"
-        await eventually(lambda: _refuses(found), within_seconds=10)
+    assert await asyncio.wait_for(tiny.process.wait(), 10) == 0  # a registry that hangs holds up nobody
+
+
+async def test_a_stop_closes_the_door_once_everybody_has_heard_and_then_finishes_what_is_under_way(tiny: Tiny) -> None:
+    call = asyncio.create_task((await tiny.stub()).GetTask(GET))
+    await eventually((tiny.folder / "entered").exists)
+    found = await tiny.registered()
+
+    tiny.process.send_signal(signal.SIGTERM)
+
+    await eventually(lambda: _refuses(found), within_seconds=10)
+    assert time.monotonic() - tiny.registry.deregistered_at >= PROPAGATION_SECONDS
     assert not call.done()
     (tiny.folder / "finish").touch()
     assert (await call).task_id == "tsk_1"
