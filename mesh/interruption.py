@@ -43,7 +43,7 @@ def begin_immediate(connection: Connection, within_seconds: float) -> None:
         try:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         except OperationalError as failure:
-            code = getattr(failure.orig, "sqlite_errorcode", None)
+            code = getattr(failure.orig, "sqlite_errorcode", 0) & 0xFF  # the primary one: a log's recovery is busy, too
             if code != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
                 raise
         else:
