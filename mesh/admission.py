@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import uuid_utils
 
-from mesh import context
+from mesh import context, telemetry
 from mesh.context import Request
 from mesh.contract import Method
 from mesh.errors import DeadlineExceeded, Internal, MeshError, PermissionDenied, Unavailable
@@ -95,6 +95,12 @@ def internal(error: Exception, method: Method) -> Internal:
         f"Something went wrong on our side. If it stays, report the request id {request_id}.",
         metadata={"request_id": request_id},
     )
+
+
+def ended(method: Method, failure: MeshError) -> None:
+    """Tell the trace and the audit of a call that ends badly."""
+    telemetry.failed(failure.reason)
+    audit(method, failure)
 
 
 def audit(method: Method, failure: MeshError | None) -> None:

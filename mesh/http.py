@@ -61,28 +61,29 @@ def _admitting(endpoint: Endpoint, method: Method, verifier: Verifier, intention
         metadata = {key.decode("latin-1"): value.decode("latin-1") for key, value in request.headers.raw}
         deadline: asyncio.Timeout | None = None
         failure: MeshError
-        try:
-            with telemetry.server_span(method.full_name, metadata):
+        with telemetry.server_span(method.full_name, metadata):
+            try:
                 admitted = admission.admit(method, request.state.caller, metadata, verifier, intentions, seconds=None)
                 async with asyncio.timeout_at(admitted.deadline) as deadline:
                     with _ending(deadline, request.state.gone):
                         response = await endpoint(request)
-                admission.audit(method, None)
-                return response
-        except asyncio.CancelledError:  # by the listener, whose time to stop is over
-            failure = admission.Draining("This instance stops, and could not wait for the end of the request.")
-        except ClientDisconnect:
-            failure = _gone()
-        except MeshError as error:
-            failure = error
-        except TimeoutError as error:
-            if deadline is None or not deadline.expired():
+            except asyncio.CancelledError:  # by the listener, whose time to stop is over
+                failure = admission.Draining("This instance stops, and could not wait for the end of the request.")
+            except ClientDisconnect:
+                failure = _gone()
+            except MeshError as error:
+                failure = error
+            except TimeoutError as error:
+                if deadline is None or not deadline.expired():
+                    failure = admission.internal(error, method)
+                else:
+                    failure = _gone() if request.state.gone.done() else admission.late(method)
+            except Exception as error:  # noqa: BLE001 - the last stop before the wire
                 failure = admission.internal(error, method)
             else:
-                failure = _gone() if request.state.gone.done() else admission.late(method)
-        except Exception as error:  # noqa: BLE001 - the last stop before the wire
-            failure = admission.internal(error, method)
-        admission.audit(method, failure)
+                admission.audit(method, None)
+                return response
+            admission.ended(method, failure)
         if isinstance(failure, PayloadTooLarge):
             await _linger(request)
         return refusal(failure)

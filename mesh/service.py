@@ -172,8 +172,8 @@ class Admission(grpc.GenericRpcHandler):
         metadata = {key: value for key, value in call.invocation_metadata() or () if isinstance(value, str)}
         deadline: asyncio.Timeout | None = None
         request: Request | None = None
-        try:
-            with telemetry.server_span(method.full_name, metadata):
+        with telemetry.server_span(method.full_name, metadata):
+            try:
                 caller, seconds = self._leaf.caller(call), call.time_remaining()
                 request = admission.admit(method, caller, metadata, self._verifier, self._intentions, seconds=seconds)
                 message = _read(body, read)
@@ -185,24 +185,25 @@ class Admission(grpc.GenericRpcHandler):
                     if method.server_streaming:
                         self._streams[deadline] = request
                     answer = await handler(message, call)
-                admission.audit(method, None)
-                return answer
-        except MeshError as error:
-            failure = error
-        except asyncio.CancelledError:
-            admission.audit(method, Cancelled("The caller went away."))
-            raise
-        except TimeoutError as error:
-            if deadline is None or request is None or not deadline.expired():
+            except MeshError as error:
+                failure = error
+            except asyncio.CancelledError:
+                admission.ended(method, Cancelled("The caller went away."))
+                raise
+            except TimeoutError as error:
+                if deadline is None or request is None or not deadline.expired():
+                    failure = admission.internal(error, method)
+                else:
+                    failure = request.ended[0] if request.ended else admission.late(method)
+            except Exception as error:  # noqa: BLE001 - the last stop before the wire
                 failure = admission.internal(error, method)
             else:
-                failure = request.ended[0] if request.ended else admission.late(method)
-        except Exception as error:  # noqa: BLE001 - the last stop before the wire
-            failure = admission.internal(error, method)
-        finally:
-            if method.server_streaming and deadline:
-                self._streams.pop(deadline, None)
-        admission.audit(method, failure)
+                admission.audit(method, None)
+                return answer
+            finally:
+                if method.server_streaming and deadline:
+                    self._streams.pop(deadline, None)
+            admission.ended(method, failure)
         code, text = status.GRPC_CODES[failure.code_number], status.clipped(failure.message)
         return await call.abort(code, text, status.to_trailers(failure))
 

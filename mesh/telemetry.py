@@ -84,7 +84,10 @@ def _tracing() -> bool:
 
 
 def server_span(method: str, metadata: Mapping[str, str]) -> AbstractContextManager[None]:
-    """Return what holds the span of one served call, a child of the caller's (OpenTelemetry's rpc conventions)."""
+    """Return what holds the span of one served call, a child of the caller's (OpenTelemetry's rpc conventions).
+
+    Whoever ends the call badly says so by `failed`, within it, so that what is logged of that belongs to the trace.
+    """
     if "traceparent" in metadata or _tracing():
         return _span(method, metadata)
     return _NO_SPAN  # nothing to tell, nothing to pass on: not worth 20 µs a call
@@ -100,9 +103,10 @@ def _span(method: str, metadata: Mapping[str, str]) -> Iterator[None]:
         attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
         record_exception=False,  # its text may hold what must not be kept
         set_status_on_exception=False,
-    ) as span:
-        try:
-            yield
-        except Exception as error:
-            span.set_status(Status(StatusCode.ERROR, getattr(error, "reason", type(error).__name__)))
-            raise
+    ):
+        yield
+
+
+def failed(reason: str) -> None:
+    """Say in the present span why its call ends badly."""
+    trace.get_current_span().set_status(Status(StatusCode.ERROR, reason))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,7 +20,7 @@ from atelier.storage.v1 import storage_pb2, storage_pb2_grpc
 from atelier.task.v1 import task_pb2, task_pb2_grpc
 from google.protobuf import empty_pb2
 
-from mesh import channel, context, contract, errors, service, status
+from mesh import channel, context, contract, errors, service, status, telemetry
 from mesh.channel import MeshChannel
 from mesh.contract import Contract
 from mesh.errors import MeshError
@@ -314,6 +316,25 @@ async def test_a_failure_of_an_audited_call_is_in_the_audit(caplog) -> None:
             await admins(server).RotateKeys(auth_pb2.RotateKeysRequest())
 
     assert audited(caplog) == [("RotateKeys", "edge", "usr_9", "UNAVAILABLE")]
+
+
+async def test_what_is_logged_of_a_failure_belongs_to_the_callers_trace(server, tasks) -> None:
+    trace_id, lines = "4bf92f3577b34da6a3ce929d0e0e4736", io.StringIO()
+    handler = logging.StreamHandler(lines)
+    handler.setFormatter(telemetry.JsonFormatter("task", "task-1"))
+    logging.getLogger("mesh.admission").addHandler(handler)
+
+    async def stumble(_):
+        raise RuntimeError
+
+    tasks.get = stumble
+    async with bare(server) as stub:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.GetTask(GET, metadata=[*metadata(), ("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01")])
+    logging.getLogger("mesh.admission").removeHandler(handler)
+
+    (line,) = lines.getvalue().splitlines()
+    assert json.loads(line)["trace_id"] == trace_id
 
 
 async def test_an_audited_call_that_its_caller_gave_up_is_in_the_audit(caplog) -> None:
