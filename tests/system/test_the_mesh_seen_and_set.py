@@ -12,6 +12,7 @@ import pytest
 from envoy.service.status.v3 import csds_pb2, csds_pb2_grpc
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 
+from mesh.control.snapshot import LISTENER, called
 from scripts.local.layout import SERVICES, WORKERS, Layout
 from tests.eventually import eventually
 from tests.installation import Mesh
@@ -99,6 +100,6 @@ async def test_grpc_itself_tells_of_its_channels_and_of_what_it_was_told(chief: 
         )
 
     assert "xds:///auth" in {each.data.target for each in channels.channel}
-    assert ("Listener", "auth") in {
+    assert ("Listener", called(LISTENER, "auth")) in {
         (each.type_url.rpartition(".")[2], each.name) for config in told.config for each in config.generic_xds_configs
     }
