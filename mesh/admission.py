@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mesh import context
 from mesh.context import Request
@@ -29,7 +31,13 @@ class RoleRequired(PermissionDenied):
 
 
 def admit(
-    method: Method, caller: str, metadata: Mapping[str, str], verifier: Verifier, seconds: float | None
+    method: Method,
+    caller: str,
+    metadata: Mapping[str, str],
+    verifier: Verifier,
+    seconds: float | None,
+    *,
+    draining: asyncio.Event | None = None,
 ) -> Request:
     """Make the request that `metadata` describes the present one, and return it if the policy of `method` lets it in.
 
@@ -39,6 +47,7 @@ def admit(
         metadata: metadata or headers, by lower-case key.
         verifier: checks the token.
         seconds: what the caller left of its time; None for no limit of its own.
+        draining: set when this instance stops; None for a listener whose calls never only wait.
 
     Raises:
         CallerNotAllowed, RoleRequired, and whatever `Verifier.user` raises.
@@ -49,6 +58,7 @@ def admit(
         request_id=metadata.get("x-request-id") or str(uuid.uuid4()),
         deadline=time.monotonic() + min(method.deadline_seconds, math.inf if seconds is None else seconds),
         metadata=metadata,
+        draining=draining or asyncio.Event(),
     )
     context.serve(request)
     if not method.allows(request.caller):
@@ -58,7 +68,7 @@ def admit(
         )
     if method.access in ("USER", "ADMIN"):
         user = verifier.user(metadata.get("authorization"))
-        request = Request(request.caller, user, request.request_id, request.deadline, metadata)
+        request = replace(request, user=user)
         context.serve(request)
         if method.access == "ADMIN" and user.role != ADMIN:
             raise RoleRequired(

@@ -77,10 +77,15 @@ class Admission(grpc.aio.ServerInterceptor):
         self._rpcs = rpcs
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         self._streams: dict[asyncio.Timeout, Request] = {}
+        self._draining = asyncio.Event()
         verifier.on_revocation = self.end_revoked_streams
 
     def end_streams(self) -> None:
-        """End every open stream with UNAVAILABLE: some last for hours, and their clients resume elsewhere."""
+        """End every open stream with UNAVAILABLE: some last for hours, and their clients resume elsewhere.
+
+        Calls that only wait answer now what they have.
+        """
+        self._draining.set()
         for deadline, request in self._streams.items():
             _end(deadline, request, Draining("This instance stops; resume at another."))
 
@@ -154,7 +159,8 @@ class Admission(grpc.aio.ServerInterceptor):
         try:
             with telemetry.server_span(method.full_name, metadata):
                 caller = self._leaf.caller(call)
-                request = admission.admit(method, caller, metadata, self._verifier, call.time_remaining())
+                left = call.time_remaining()
+                request = admission.admit(method, caller, metadata, self._verifier, left, draining=self._draining)
                 message = _read(body, read)
                 _fill_request_id(message, metadata)
                 bounds.check(message)

@@ -92,7 +92,13 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         return convert.task_to_proto(await self._tasks.add(task_id, create))
 
     async def GetTask(self, request: pb.GetTaskRequest, _: object) -> pb.Task:
-        return convert.task_to_proto(await self._own(request.task_id))
+        task = await self._watches.ended(
+            request.task_id,
+            context.user(),
+            within_seconds=request.wait.ToTimedelta().total_seconds(),
+            stopping=context.draining(),
+        )
+        return convert.task_to_proto(task)
 
     async def ListTasks(self, request: pb.ListTasksRequest, _: object) -> pb.ListTasksResponse:
         query = convert.query_from(request, context.user().user_id)

@@ -139,6 +139,7 @@ class Replica:
 
     server: Server
     tasks: Interrupted
+    watches: Watches
     database: database.Database
     clock: HeldClock
 
@@ -258,7 +259,7 @@ def _replica(
             )
             work = [asyncio.create_task(each()) for each in watches.work(bus)]
             async with serving(partial(add_TaskServiceServicer_to_server, servicer)) as server:
-                yield Replica(server, tasks, sql, clock)
+                yield Replica(server, tasks, watches, sql, clock)
             for each in work:
                 each.cancel()
             await asyncio.gather(*work, return_exceptions=True)

@@ -14,7 +14,7 @@ from mesh.errors import InvalidArgument
 
 FILE = """
 name: "tests/bounds.proto" package: "atelier.tests.v1" syntax: "proto3"
-dependency: "atelier/policy/v1/policy.proto"
+dependency: "atelier/policy/v1/policy.proto" dependency: "google/protobuf/duration.proto"
 message_type {
   name: "Sample"
   field { name: "page_title" number: 1 type: TYPE_STRING options { [atelier.policy.v1.bounds] { required: true } } }
@@ -38,6 +38,8 @@ message_type {
   field { name: "work" number: 13 type: TYPE_MESSAGE type_name: ".atelier.tests.v1.MainWork" }
   field { name: "small" number: 14 type: TYPE_MESSAGE type_name: ".atelier.tests.v1.Box" oneof_index: 0 }
   field { name: "child" number: 15 type: TYPE_MESSAGE type_name: ".atelier.tests.v1.Sample" }
+  field { name: "wait" number: 16 type: TYPE_MESSAGE type_name: ".google.protobuf.Duration"
+          options { [atelier.policy.v1.bounds] { min: 1 max: 30 } } }
   oneof_decl { name: "choice" }
   oneof_decl { name: "_quality" }
 }
@@ -115,6 +117,7 @@ def titled(**fields: object) -> Any:
         {"work": {"resize_to": {"width": 1}}}, {"work": {"mark_with": {}}},
         {"small": {"width": 3}},
         {"child": {"page_title": "y"}},
+        {"wait": {"seconds": 1}}, {"wait": {"seconds": 29, "nanos": 999_999_999}}, {"wait": {"seconds": 30}},
     ],
 )  # fmt: skip
 def test_what_keeps_its_bounds_passes(fields) -> None:
@@ -132,6 +135,8 @@ def test_what_keeps_its_bounds_passes(fields) -> None:
         ({"opacity": math.inf}, "opacity", "FIELD_OUT_OF_RANGE", {"value": "inf"}),
         ({"opacity": -math.inf}, "opacity", "FIELD_OUT_OF_RANGE", {"value": "-inf"}),
         ({"quality": 0}, "quality", "FIELD_OUT_OF_RANGE", {"value": "0", "min": "1", "max": "16384"}),
+        ({"wait": {}}, "wait", "FIELD_OUT_OF_RANGE", {"value": "0.0", "min": "1", "max": "30"}),
+        ({"wait": {"seconds": 30, "nanos": 1}}, "wait", "FIELD_OUT_OF_RANGE", {"max": "30"}),
         ({"note": "a"}, "note", "FIELD_TOO_SHORT", {"length": "1", "min": "2"}),
         ({"note": "abcde"}, "note", "FIELD_TOO_LONG", {"length": "5", "max": "4"}),
         ({"blob": b"12345"}, "blob", "FIELD_TOO_LONG", {"length": "5", "max": "4"}),

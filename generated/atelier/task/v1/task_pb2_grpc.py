@@ -117,7 +117,7 @@ class TaskServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetTask(self, request, context):
-        """Reads a task. Fails with TASK_NOT_FOUND.
+        """Reads a task, at once or when it has ended (`wait`). Fails with TASK_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,7 @@ class TaskServiceStub:
     With a request id, repeating it answers the same task.
     """
     GetTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.GetTaskRequest, _task_pb2.Task]
-    """Reads a task. Fails with TASK_NOT_FOUND."""
+    """Reads a task, at once or when it has ended (`wait`). Fails with TASK_NOT_FOUND."""
     ListTasks: _grpc.UnaryUnaryMultiCallable[_task_pb2.ListTasksRequest, _task_pb2.ListTasksResponse]
     """Lists one's tasks, newest first. Fails with PAGE_TOKEN_MALFORMED."""
     WatchTask: _grpc.UnaryStreamMultiCallable[_task_pb2.WatchTaskRequest, _task_pb2.WatchTaskResponse]
@@ -83,7 +83,7 @@ class TaskServiceAsyncStub(TaskServiceStub):
     With a request id, repeating it answers the same task.
     """
     GetTask: _aio.UnaryUnaryMultiCallable[_task_pb2.GetTaskRequest, _task_pb2.Task]  # type: ignore[assignment]
-    """Reads a task. Fails with TASK_NOT_FOUND."""
+    """Reads a task, at once or when it has ended (`wait`). Fails with TASK_NOT_FOUND."""
     ListTasks: _aio.UnaryUnaryMultiCallable[_task_pb2.ListTasksRequest, _task_pb2.ListTasksResponse]  # type: ignore[assignment]
     """Lists one's tasks, newest first. Fails with PAGE_TOKEN_MALFORMED."""
     WatchTask: _aio.UnaryStreamMultiCallable[_task_pb2.WatchTaskRequest, _task_pb2.WatchTaskResponse]  # type: ignore[assignment]
@@ -135,7 +135,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_pb2.GetTaskRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.Task, _abc.Awaitable[_task_pb2.Task]]:
-        """Reads a task. Fails with TASK_NOT_FOUND."""
+        """Reads a task, at once or when it has ended (`wait`). Fails with TASK_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def ListTasks(
