@@ -245,11 +245,25 @@ class Atelier:
 
     # Tasks
 
-    async def create_task(self, input_file_id: str, operation: Operation, *, request_id: str | None = None) -> Task:
-        """Queue an operation; with the same `request_id` again, the same task is answered."""
+    async def create_task(
+        self,
+        input_file_id: str,
+        operation: Operation,
+        *,
+        request_id: str | None = None,
+        deadline: timedelta | None = None,
+    ) -> Task:
+        """Queue an operation; with the same `request_id` again, the same task is answered.
+
+        With a deadline, it fails unless it has ended so long after its creation.
+        """
         request = task_pb2.CreateTaskRequest(
-            input_file_id=input_file_id, operation=operation, request_id=request_id or secrets.token_hex(16)
+            input_file_id=input_file_id,
+            operation=operation,
+            request_id=request_id or secrets.token_hex(16),
         )
+        if deadline is not None:
+            request.deadline_duration.FromTimedelta(deadline)
         return await self._signed_in(self._tasks.CreateTask, request)
 
     async def task(self, task_id: str) -> Task:
@@ -313,6 +327,7 @@ class Atelier:
         operation: Operation,
         *,
         name: str | None = None,
+        deadline: timedelta | None = None,
         on_progress: Callable[[Progress], None] = lambda _progress: None,
     ) -> Result:
         """Send a file, run an operation on it, and wait for its end. Cancelled, it cancels the task.
@@ -321,6 +336,7 @@ class Atelier:
             source: a path, bytes (with their `name`), or a file that the server has.
             operation: what to do.
             name: see `upload`.
+            deadline: see `create_task`.
             on_progress: called at every step.
 
         Raises:
@@ -329,7 +345,7 @@ class Atelier:
         file = source if isinstance(source, File) else await self._sent(source, name, on_progress)
         request_id = secrets.token_hex(16)
         creating = asyncio.ensure_future(
-            _patiently(lambda: self.create_task(file.file_id, operation, request_id=request_id))
+            _patiently(lambda: self.create_task(file.file_id, operation, request_id=request_id, deadline=deadline))
         )
         try:
             # Shielded: a task whose creation is broken off here may still be created there.

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -87,8 +88,17 @@ def _runner(kind: FieldDescriptor) -> click.Command:
 
     @connected
     async def run_kind(
-        shell: Shell, atelier: Atelier, /, source: str, output: str | None, detach: bool, **values: Any
+        shell: Shell,
+        atelier: Atelier,
+        /,
+        *,
+        source: str,
+        output: str | None,
+        detach: bool,
+        deadline: float | None,
+        **values: Any,
     ) -> None:
+        limit = None if deadline is None else timedelta(seconds=deadline)
         _require_output(output, detach)
         values = _with_format(known, values, output)
         marks = {parameter.name: values[parameter.name] for parameter in known if parameter.bounds.file}
@@ -101,11 +111,11 @@ def _runner(kind: FieldDescriptor) -> click.Command:
             operation = operations.build(kind, {**values, **sent})
             file = await _on_server(atelier, source, steps)
             if output is None or detach:
-                task = await atelier.create_task(file.file_id, operation)
+                task = await atelier.create_task(file.file_id, operation, deadline=limit)
                 answer: dict[str, Any] = {"task": document(task)}
                 text = f"{task.task_id}\nFollow it with: atelier tasks watch {task.task_id}"
             else:
-                result, size_bytes = await _finished(atelier, steps, file, operation, output)
+                result, size_bytes = await _finished(atelier, steps, file, operation, output, deadline=limit)
                 answer = {"task": document(result.task), "output": output, "file": document(result.file)}
                 text = f"{'standard output' if output == STANDARD else output}: {size(size_bytes)}"
         # After the bar has gone, which would take the line with it.
@@ -123,6 +133,12 @@ def _runner(kind: FieldDescriptor) -> click.Command:
                 ["-o", "--output"],
                 metavar="PATH",
                 help="Where the result goes; - is standard output. Its extension gives the format, or --format does.",
+            ),
+            click.Option(
+                ["--deadline"],
+                metavar="SECONDS",
+                type=click.FloatRange(1, 2_592_000),
+                help="Fail the task unless it has ended so long after its creation.",
             ),
             click.Option(["--detach"], is_flag=True, help="Do not wait: print the task's id, and what to type next."),
         ],
@@ -149,7 +165,7 @@ def _with_format(known: list[operations.Parameter], values: Mapping[str, Any], o
 
 
 async def _finished(
-    atelier: Atelier, steps: Steps, file: File, operation: Operation, output: str
+    atelier: Atelier, steps: Steps, file: File, operation: Operation, output: str, *, deadline: timedelta | None
 ) -> tuple[client.Result, int]:
     """Return what was made, and how many bytes it has, once they are at `output`."""
     task = Task()
@@ -160,7 +176,7 @@ async def _finished(
         steps.show_task(task)
 
     try:
-        result = await atelier.run(file, operation, on_progress=on_progress)
+        result = await atelier.run(file, operation, deadline=deadline, on_progress=on_progress)
         return result, await _fetched(atelier, result.file, output, steps)
     except asyncio.CancelledError as interruption:
         raise _interrupted(task) from interruption

@@ -56,6 +56,7 @@ def task_to_proto(task: Task) -> pb.Task:
         start_time=timestamp(task.start_time),
         end_time=timestamp(task.end_time),
         update_time=timestamp(task.update_time),
+        deadline_time=timestamp(task.deadline_time),
     )
 
 
@@ -90,6 +91,10 @@ def progress_from(request: pb.RenewLeaseRequest) -> Progress | None:
     if not request.HasField("progress"):
         return None
     return Progress(request.progress.fraction, request.progress.stage)
+
+
+def deadline_from(request: pb.CreateTaskRequest) -> timedelta | None:
+    return request.deadline_duration.ToTimedelta() if request.HasField("deadline_duration") else None
 
 
 def failure_from(error: pb.Task.Error) -> Failure:

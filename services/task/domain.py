@@ -29,7 +29,7 @@ SUPPORTED_INPUTS = (
 )
 POOL = "cpu"  # every operation of today runs there
 RESERVATION_AGE = timedelta(seconds=60)  # the user service gives back what is older than two minutes and has no task
-CODE_UNAVAILABLE = 14  # google.rpc.Code: what a task that lost its workers failed with
+CODE_DEADLINE_EXCEEDED, CODE_UNAVAILABLE = 4, 14  # google.rpc.Code
 
 
 class TaskNotFound(NotFound):
@@ -97,6 +97,7 @@ class Failure:
 
 
 WORKER_LOST = Failure(CODE_UNAVAILABLE, "The worker that had the task was lost.", "WORKER_LOST")
+TOO_LATE = Failure(CODE_DEADLINE_EXCEEDED, "The task did not end before its deadline.", "TASK_DEADLINE_EXCEEDED")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,10 @@ class Task:
     """When a queued task may be claimed."""
     lease_time: datetime | None
     """When a running task's lease lapses."""
+    deadline: timedelta | None
+    """How long its owner gives each round."""
+    deadline_time: datetime | None
+    """When the present round's time is over."""
 
     @property
     def reservation_id(self) -> str:
@@ -285,6 +290,9 @@ class Tasks(Protocol):
     async def lapsed(self, limit: int) -> list[str]:
         """Return running tasks whose lease has lapsed, the longest lapsed first."""
 
+    async def late(self, limit: int) -> list[str]:
+        """Return tasks that have not ended though their deadline has passed, the longest passed first."""
+
     async def overdue(self, pool: str, waited: timedelta) -> int:
         """Count the tasks of a pool that could have been claimed for at least `waited`."""
 
@@ -346,7 +354,14 @@ def require_retryable(task: Task) -> None:
 
 
 def created(
-    now: datetime, *, task_id: str, user_id: str, input_file_id: str, file_ids: Sequence[str], operation: bytes
+    now: datetime,
+    *,
+    task_id: str,
+    user_id: str,
+    input_file_id: str,
+    file_ids: Sequence[str],
+    operation: bytes,
+    deadline: timedelta | None = None,
 ) -> Change:
     """Make a task. It reads `file_ids`, the input among them."""
     task = Task(
@@ -370,6 +385,8 @@ def created(
         update_time=now,
         due_time=now,
         lease_time=None,
+        deadline=deadline,
+        deadline_time=_later(now, deadline),
     )
     return Change(task, notices=(TaskCreated(task), Permit(task)))
 
@@ -453,6 +470,14 @@ def lapsed(task: Task, now: datetime, *, terms: Terms, jitter: float) -> Change:
     return _attempt_failed(task, now, failure=WORKER_LOST, transient=True, terms=terms, jitter=jitter)
 
 
+def overran(task: Task, now: datetime) -> Change:
+    """Fail a task that has not ended by its deadline; its worker learns it as it learns of a cancellation."""
+    if task.state.ended or task.deadline_time is None or task.deadline_time >= now:
+        return Change(task)  # it ended, or was retried, since somebody looked
+    dead = replace(_ended(task, State.FAILED, now), failure=TOO_LATE)
+    return Change(dead, reason=TOO_LATE.reason, notices=(TaskFailed(dead),))
+
+
 def cancelled(task: Task, now: datetime) -> Change:
     """Stop a task. A cancelled one stays as it is.
 
@@ -482,7 +507,14 @@ def retried(task: Task, now: datetime, *, round_: int) -> Change:
             f"The task {task.task_id} was retried by another call.",
             metadata={"task_id": task.task_id, "state": task.state},
         )
-    waiting = replace(_requeued(task, now, due_time=now), round=round_, failures=0, failure=None, end_time=None)
+    waiting = replace(
+        _requeued(task, now, due_time=now),
+        round=round_,
+        failures=0,
+        failure=None,
+        end_time=None,
+        deadline_time=_later(now, task.deadline),
+    )
     return Change(waiting, reason="RETRIED", notices=(TaskCreated(waiting), Permit(waiting)))
 
 
@@ -545,6 +577,10 @@ def _attempt_failed(
         return Change(_requeued(task, now, due_time=now + rest), reason=failure.reason)
     dead = replace(_ended(task, State.FAILED, now), failure=failure)
     return Change(dead, reason=failure.reason, notices=(TaskFailed(dead),))
+
+
+def _later(now: datetime, duration: timedelta | None) -> datetime | None:
+    return None if duration is None else now + duration
 
 
 def _requeued(task: Task, now: datetime, *, due_time: datetime) -> Task:

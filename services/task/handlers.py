@@ -82,6 +82,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             input_file_id=request.input_file_id,
             file_ids=file_ids,
             operation=request.operation.SerializeToString(deterministic=True),
+            deadline=convert.deadline_from(request),
         )
         reserved_time = await self._reserve(user_id, task_id, round_=1)
 

@@ -26,9 +26,11 @@ from services.task.domain import (
     Version,
     require_found,
 )
-from services.task.tables import QUEUED, RUNNING, idempotency_table, outbox_table
+from services.task.tables import QUEUED, RUNNING, UNENDED, idempotency_table, outbox_table
 from services.task.tables import task as task_table
 from services.task.tables import task_event as event_table
+
+_MICROSECOND = timedelta(microseconds=1)
 
 
 class SqlTasks:
@@ -142,6 +144,16 @@ class SqlTasks:
             )
             return list((await connection.execute(found)).scalars())
 
+    async def late(self, limit: int) -> list[str]:
+        async with self._database.reading() as connection:
+            found = (
+                select(task_table.c.task_id)
+                .where(UNENDED, task_table.c.deadline_time < await now(connection))
+                .order_by(task_table.c.deadline_time)
+                .limit(limit)
+            )
+            return list((await connection.execute(found)).scalars())
+
     async def overdue(self, pool: str, waited: timedelta) -> int:
         async with self._database.reading() as connection:
             due = _due(pool, await now(connection) - waited)
@@ -231,6 +243,8 @@ def _columns(task: Task) -> dict[str, Any]:
         "update_time": task.update_time,
         "due_time": task.due_time,
         "lease_time": task.lease_time,
+        "deadline_microseconds": task.deadline and task.deadline // _MICROSECOND,
+        "deadline_time": task.deadline_time,
         **_failure_columns(task.failure),
     }
 
@@ -257,6 +271,8 @@ def _task(row: Row[Any]) -> Task:
         update_time=row.update_time,
         due_time=row.due_time,
         lease_time=row.lease_time,
+        deadline=None if row.deadline_microseconds is None else row.deadline_microseconds * _MICROSECOND,
+        deadline_time=row.deadline_time,
     )
 
 

@@ -12,6 +12,7 @@ metadata = MetaData()
 # Written out, not bound: SQLite uses a partial index only for a query that states its very condition.
 QUEUED = text("task.state = 'QUEUED'")
 RUNNING = text("task.state = 'RUNNING'")
+UNENDED = text("task.state IN ('QUEUED', 'RUNNING')")
 
 task = Table(
     "task",
@@ -39,6 +40,8 @@ task = Table(
     Column("update_time", Timestamp, nullable=False),
     Column("due_time", Timestamp, nullable=False),
     Column("lease_time", Timestamp),
+    Column("deadline_microseconds", BigInteger),
+    Column("deadline_time", Timestamp),
     Index("task_by_user", "user_id", "create_time", "task_id"),
     Index("task_by_user_and_state", "user_id", "state", "create_time", "task_id"),
 )
@@ -56,6 +59,12 @@ Index(
     task.c.lease_time,
     sqlite_where=text("state = 'RUNNING'"),
     postgresql_where=text("state = 'RUNNING'"),
+)
+Index(
+    "task_deadlines",
+    task.c.deadline_time,
+    sqlite_where=text("state IN ('QUEUED', 'RUNNING') AND deadline_time IS NOT NULL"),
+    postgresql_where=text("state IN ('QUEUED', 'RUNNING') AND deadline_time IS NOT NULL"),
 )
 
 task_event = Table(

@@ -1,4 +1,4 @@
-"""What no request does: takes tasks from lost workers, and replaces permits that the broker does not hold.
+"""What no request does: takes tasks from lost workers, ends late ones, and replaces permits that the broker lost.
 
 Every replica runs one. Each step judges anew inside its transaction, so that two at once do no harm.
 """
@@ -20,7 +20,7 @@ from mesh.service import Background, every
 from services.task import convert, domain
 from services.task.domain import Tasks, Terms
 
-AT_ONCE = 100  # lapsed leases or permits in one round, so that a round stays short
+AT_ONCE = 100  # lapsed leases, late tasks or permits in one round, so that a round stays short
 REAP_SECONDS = 1.0
 REPLENISH_SECONDS = 2.0
 FORGET_SECONDS = 600.0
@@ -68,6 +68,7 @@ class Upkeep:
         """Return what must run for ever: apart, so that a broker that is away does not keep lost tasks waiting."""
         return [
             every(REAP_SECONDS, self.reap),
+            every(REAP_SECONDS, self.end_late),
             every(REPLENISH_SECONDS, self.replenish),
             every(FORGET_SECONDS, self._tasks.forget),
         ]
@@ -80,6 +81,15 @@ class Upkeep:
             jitter = random.random()  # noqa: S311 - spreads tasks over time, keeps no secret
             task = await self._tasks.change(task_id, partial(domain.lapsed, terms=self._terms(), jitter=jitter))
             log.warning("worker lost", extra={"task_id": task_id, "attempt": task.attempt, "state": task.state})
+
+    async def end_late(self) -> None:
+        """Fail the tasks whose deadline has passed."""
+        full = True
+        while full:  # a batch has one deadline for all
+            late = await self._tasks.late(AT_ONCE)
+            for task_id in late:
+                await self._tasks.change(task_id, domain.overran)
+            full = len(late) == AT_ONCE
 
     async def replenish(self) -> None:
         """Publish a permit for every due task that has waited and for which the broker holds none.

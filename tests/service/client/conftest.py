@@ -85,6 +85,7 @@ class Installation(
     files: dict[str, tuple[storage_pb2.File, bytes]] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     request_ids: dict[str, str] = field(default_factory=dict)
+    deadlines: dict[str, int] = field(default_factory=dict)
     held: bool = False
     """Tasks run until they are cancelled."""
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -198,6 +199,7 @@ class Installation(
         if self.full:
             await refuse(context, Full("No tasks left this month.", metadata={"metric": "tasks"}))
         task_id = self.request_ids.setdefault(request.request_id, f"tsk_{len(self.tasks) + 1}")
+        self.deadlines[task_id] = request.deadline_duration.seconds
         task = Task(
             task_id=task_id, state=Task.STATE_QUEUED, input_file_id=request.input_file_id,
             operation=request.operation, progress={"stage": "queued"},

@@ -45,6 +45,15 @@ async def test_the_main_job_is_two_commands(person: Person, installation: Instal
     assert (resize.width, resize.format) == (800, FORMAT_WEBP)
 
 
+async def test_a_run_may_have_a_deadline(person: Person, installation: Installation) -> None:
+    photo(person)
+    await person.registers()
+
+    await person.types("run", "resize", "photo.jpg", "--width", "8", "--deadline", "90", "-o", "small.webp")
+
+    assert installation.deadlines == {"tsk_1": 90}
+
+
 async def test_on_a_terminal_the_bar_goes_and_the_answer_stays(person: Person) -> None:
     photo(person)
     await person.registers()

@@ -18,7 +18,7 @@ from atelier.task.v1 import task_pb2 as pb
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub, add_TaskServiceServicer_to_server
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 
-from mesh import database, migrations
+from mesh import database, migrations, wire
 from mesh.errors import MeshError, NotFound, ResourceExhausted
 from mesh.outbox import Message
 from services.task import convert
@@ -187,9 +187,14 @@ class Replica:
 Start = Callable[..., Awaitable[Replica]]
 
 
-def resize(*, file_id: str = PHOTO, width: int = 800, request_id: str = "") -> pb.CreateTaskRequest:
+def resize(
+    *, file_id: str = PHOTO, width: int = 800, request_id: str = "", deadline: timedelta | None = None
+) -> pb.CreateTaskRequest:
     operation = media_pb2.Operation(resize=media_pb2.Resize(width=width))
-    return pb.CreateTaskRequest(input_file_id=file_id, operation=operation, request_id=request_id)
+    limit = None if deadline is None else wire.duration(deadline)
+    return pb.CreateTaskRequest(
+        input_file_id=file_id, operation=operation, request_id=request_id, deadline_duration=limit
+    )
 
 
 async def refused(call: Awaitable[Any]) -> MeshError:

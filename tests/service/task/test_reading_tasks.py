@@ -4,7 +4,7 @@ import pytest
 from atelier.task.v1 import task_pb2 as pb
 from sqlalchemy import text
 
-from services.task.tables import QUEUED, RUNNING
+from services.task.tables import QUEUED, RUNNING, UNENDED
 from tests.service.task.conftest import OWNER, STRANGER, Replica, refused
 
 
@@ -87,6 +87,7 @@ async def test_every_search_of_many_tasks_uses_an_index(replica: Replica):
         " ORDER BY create_time DESC, task_id DESC": "task_by_user",
         f"SELECT * FROM task WHERE {QUEUED} AND pool = 'cpu' AND due_time < 1 ORDER BY due_time, task_id": "task_queue",
         f"SELECT task_id FROM task WHERE {RUNNING} AND lease_time < 1 ORDER BY lease_time": "task_leases",
+        f"SELECT task_id FROM task WHERE {UNENDED} AND deadline_time < 1 ORDER BY deadline_time": "task_deadlines",
     }
 
     async with replica.database.reading() as connection:

@@ -30,9 +30,15 @@ TERMS = Terms()
 DAMAGED = Failure(3, "The image is damaged.", "INPUT_DAMAGED")
 
 
-def queued() -> Task:
+def queued(deadline: timedelta | None = None) -> Task:
     return domain.created(
-        NOW, task_id="tsk_1", user_id="usr_1", input_file_id="fil_1", file_ids=("fil_1", "fil_2"), operation=b"op"
+        NOW,
+        task_id="tsk_1",
+        user_id="usr_1",
+        input_file_id="fil_1",
+        file_ids=("fil_1", "fil_2"),
+        operation=b"op",
+        deadline=deadline,
     ).task
 
 
@@ -217,6 +223,35 @@ def test_a_task_that_loses_its_last_worker_fails():
 
     assert change.task.failure == domain.WORKER_LOST
     assert kinds(change) == [TaskFailed]
+
+
+MINUTE = timedelta(minutes=1)
+LIMITED = queued(MINUTE)
+
+
+@pytest.mark.parametrize("task", [LIMITED, domain.claimed(LIMITED, NOW, terms=TERMS).task])
+def test_a_task_that_has_not_ended_by_its_deadline_fails(task: Task):
+    change = domain.overran(task, NOW + MINUTE + timedelta(microseconds=1))
+
+    assert (change.task.state, change.task.failure, change.reason) == (
+        State.FAILED,
+        domain.TOO_LATE,
+        "TASK_DEADLINE_EXCEEDED",
+    )
+    assert kinds(change) == [TaskFailed]
+
+
+@pytest.mark.parametrize(("task", "after"), [(LIMITED, MINUTE), (queued(), 99 * MINUTE), (succeeded(), 99 * MINUTE)])
+def test_a_task_that_ended_or_has_time_left_is_left_alone(task: Task, after: timedelta):
+    assert domain.overran(task, NOW + after) == Change(task)
+
+
+def test_a_retry_begins_its_time_anew():
+    late = domain.overran(LIMITED, NOW + 2 * MINUTE).task
+
+    again = domain.retried(late, NOW + 3 * MINUTE, round_=2).task
+
+    assert again.deadline_time == NOW + 4 * MINUTE
 
 
 @pytest.mark.parametrize("task", [queued(), running()])

@@ -128,6 +128,7 @@ class Task(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    DEADLINE_TIME_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """`tsk_…`."""
     user_id: _builtins.str
@@ -170,6 +171,10 @@ class Task(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When anything of it last changed."""
 
+    @_builtins.property
+    def deadline_time(self) -> _timestamp_pb2.Timestamp:
+        """When it fails, TASK_DEADLINE_EXCEEDED, unless it has ended; unset when it has no deadline."""
+
     def __init__(
         self,
         *,
@@ -186,10 +191,11 @@ class Task(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        deadline_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "operation", b"operation", "progress", b"progress", "start_time", b"start_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline_time", b"deadline_time", "end_time", b"end_time", "error", b"error", "operation", b"operation", "progress", b"progress", "start_time", b"start_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "input_file_id", b"input_file_id", "operation", b"operation", "output_file_ids", b"output_file_ids", "progress", b"progress", "start_time", b"start_time", "state", b"state", "task_id", b"task_id", "update_time", b"update_time", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "deadline_time", b"deadline_time", "end_time", b"end_time", "error", b"error", "input_file_id", b"input_file_id", "operation", b"operation", "output_file_ids", b"output_file_ids", "progress", b"progress", "start_time", b"start_time", "state", b"state", "task_id", b"task_id", "update_time", b"update_time", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -244,6 +250,7 @@ class CreateTaskRequest(_message.Message):
     INPUT_FILE_ID_FIELD_NUMBER: _builtins.int
     OPERATION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DEADLINE_DURATION_FIELD_NUMBER: _builtins.int
     input_file_id: _builtins.str
     """One of the caller's files: an image."""
     request_id: _builtins.str
@@ -252,16 +259,21 @@ class CreateTaskRequest(_message.Message):
     def operation(self) -> _media_pb2.Operation:
         """What to do."""
 
+    @_builtins.property
+    def deadline_duration(self) -> _duration_pb2.Duration:
+        """From its creation until its end at the latest, 1 s to 30 days; a retry begins anew. Unset: no deadline."""
+
     def __init__(
         self,
         *,
         input_file_id: _builtins.str = ...,
         operation: _media_pb2.Operation | None = ...,
         request_id: _builtins.str = ...,
+        deadline_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration", "operation", b"operation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_file_id", b"input_file_id", "operation", b"operation", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration", "input_file_id", b"input_file_id", "operation", b"operation", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
