@@ -84,8 +84,11 @@ def _checks(descriptor: Descriptor) -> tuple[_Check, ...]:
 
 
 def _message_checks(field: FieldDescriptor, kind: Descriptor) -> Iterator[_Check]:
-    if field.GetOptions().Extensions[policy_pb2.bounds].required:
-        yield _required_message_check(field, kind)
+    bounds = field.GetOptions().Extensions[policy_pb2.bounds]
+    if bounds.required:
+        yield _required_check(field) if field.is_repeated else _required_message_check(field, kind)
+    if bounds.HasField("max_length") or bounds.HasField("min_length"):
+        yield _length_check(field, bounds)
     if kind.full_name == DURATION:
         yield from _range_checks(field)
     elif not kind.full_name.startswith("google."):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -18,6 +19,7 @@ from mesh.errors import InvalidArgument
 from mesh.outbox import Message
 from mesh.wire import timestamp
 from services.task.domain import (
+    Batch,
     Event,
     Failure,
     Notice,
@@ -57,6 +59,19 @@ def task_to_proto(task: Task) -> pb.Task:
         end_time=timestamp(task.end_time),
         update_time=timestamp(task.update_time),
         deadline_time=timestamp(task.deadline_time),
+        batch_id=task.batch_id or "",
+    )
+
+
+def batch_to_proto(batch: Batch) -> pb.TaskBatch:
+    counts = {state.lower(): count for state, count in batch.states.items()}
+    return pb.TaskBatch(
+        batch_id=batch.batch_id,
+        user_id=batch.user_id,
+        task_count=batch.size,
+        fraction=batch.fraction,
+        state_counts=pb.TaskBatch.StateCounts(**counts),
+        create_time=timestamp(batch.create_time),
     )
 
 
@@ -93,7 +108,7 @@ def progress_from(request: pb.RenewLeaseRequest) -> Progress | None:
     return Progress(request.progress.fraction, request.progress.stage)
 
 
-def deadline_from(request: pb.CreateTaskRequest) -> timedelta | None:
+def deadline_from(request: pb.CreateTaskRequest | pb.CreateTaskBatchRequest) -> timedelta | None:
     return request.deadline_duration.ToTimedelta() if request.HasField("deadline_duration") else None
 
 
@@ -111,7 +126,13 @@ def query_from(request: pb.ListTasksRequest, user_id: str) -> Query:
     if request.page_token:
         microseconds, task_id = paging.decode(request.page_token, (int, str))
         after = (_EPOCH + int(microseconds) * _MICROSECOND, str(task_id))
-    return Query(user_id, state_from(request.state), after, request.page_size or paging.DEFAULT_PAGE_SIZE)
+    return Query(
+        user_id,
+        state_from(request.state),
+        request.batch_id or None,
+        after,
+        request.page_size or paging.DEFAULT_PAGE_SIZE,
+    )
 
 
 def page_token(last: Task) -> str:
@@ -138,10 +159,9 @@ def cursor(task: Task) -> str:
     return str(task.sequence)
 
 
-def fingerprint(request: pb.CreateTaskRequest) -> bytes:
+def fingerprint(request: pb.CreateTaskRequest | pb.CreateTaskBatchRequest) -> bytes:
     """Return a digest of what is asked for, without the key."""
-    asked = pb.CreateTaskRequest()
-    asked.CopyFrom(request)
+    asked = copy.copy(request)
     asked.ClearField("request_id")
     return hashlib.sha256(asked.SerializeToString(deterministic=True)).digest()
 

@@ -12,12 +12,12 @@ A step is a pure function of a task and the time; it answers a `Change`, or the 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Protocol
 
-from mesh.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from mesh.errors import Aborted, FailedPrecondition, InvalidArgument, MeshError, NotFound, Unavailable
 
 SUPPORTED_INPUTS = (
     "image/avif",
@@ -29,11 +29,18 @@ SUPPORTED_INPUTS = (
 )
 POOL = "cpu"  # every operation of today runs there
 RESERVATION_AGE = timedelta(seconds=60)  # the user service gives back what is older than two minutes and has no task
+# A turn of weight 1 is as long as the largest weight, so that everybody's is a whole number; decision 0019.
+WEIGHTS = {"ROLE_USER": 1, "ROLE_VIP": 4, "ROLE_ADMIN": 4}
+LONGEST_TURN = 4
 CODE_DEADLINE_EXCEEDED, CODE_UNAVAILABLE = 4, 14  # google.rpc.Code
 
 
 class TaskNotFound(NotFound):
     reason = "TASK_NOT_FOUND"
+
+
+class TaskBatchNotFound(NotFound):
+    reason = "TASK_BATCH_NOT_FOUND"
 
 
 class TaskEnded(FailedPrecondition):
@@ -106,7 +113,11 @@ class Task:
 
     task_id: str
     user_id: str
+    role: str
+    """Its owner's when it was queued, as the access token said; weighs its turns."""
     pool: str
+    turn: int
+    """Its place in the pool: of those that are due, the least is claimed first. Kept until its owner retries it."""
     input_file_id: str
     file_ids: tuple[str, ...]
     """Every file that the operation reads, the input among them."""
@@ -135,6 +146,8 @@ class Task:
     """How long its owner gives each round."""
     deadline_time: datetime | None
     """When the present round's time is over."""
+    batch_id: str | None
+    """What it was created with, if not alone."""
 
     @property
     def reservation_id(self) -> str:
@@ -145,6 +158,20 @@ class Task:
     def version(self) -> Version:
         """Differs after every change that an owner can see."""
         return self.sequence, self.progress
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tasks that were created in one call, and how far they are together."""
+
+    batch_id: str
+    user_id: str
+    create_time: datetime
+    size: int
+    states: Mapping[State, int]
+    """How many of them are where; a state that none is in may lack."""
+    fraction: float
+    """The mean of theirs, where one that has ended counts as 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +259,7 @@ class Query:
 
     user_id: str
     state: State | None
+    batch_id: str | None
     after: tuple[datetime, str] | None
     size: int
 
@@ -255,8 +283,8 @@ class History:
 class Tasks(Protocol):
     """Where tasks are kept. Every `now` that a step sees is the database's."""
 
-    async def adopt(self, user_id: str, key: str, fingerprint: bytes, new_id: str) -> str:
-        """Return the id that the first creation with `key` was given, which is `new_id` if this is the first.
+    async def adopt(self, user_id: str, method: str, key: str, fingerprint: bytes, new_id: str) -> str:
+        """Return the id that the first call of `method` with `key` was given, which is `new_id` if this is the first.
 
         Raises:
             IdempotencyKeyReused: the first one asked for something else.
@@ -265,6 +293,19 @@ class Tasks(Protocol):
     async def add(self, task_id: str, created: Callable[[datetime], Change]) -> Task:
         """Store what `created` makes, or return the task that is there already."""
 
+    async def add_batch(self, batch_id: str, created: Callable[[datetime], Sequence[Change]]) -> Batch:
+        """Store what `created` makes, tasks of one owner, all or none; or return the batch that is there already."""
+
+    async def change_batch(self, batch_id: str, step: Step, *, owner: str) -> Batch:
+        """Take a step with each task of a batch, all or none.
+
+        Raises:
+            TaskBatchNotFound: there is none of this owner.
+        """
+
+    async def find_batch(self, batch_id: str) -> Batch | None:
+        """Return a batch, whoever's it is; None when there is none."""
+
     async def change(self, task_id: str, step: Step, *, owner: str | None = None) -> Task:
         """Take a step. With an owner, another's task is not found.
 
@@ -272,8 +313,8 @@ class Tasks(Protocol):
             TaskNotFound: there is none.
         """
 
-    async def claim(self, pool: str, step: Step) -> Task | None:
-        """Take `step` with the next task of a pool; None when nothing is due."""
+    async def claim(self, pool: str, count: int, step: Step) -> list[Task]:
+        """Take `step` with the next tasks of a pool, up to `count`; none when nothing is due."""
 
     async def find(self, task_id: str) -> Task | None:
         """Return a task, whoever's it is; None when there is none."""
@@ -340,6 +381,25 @@ def require_found(task: Task | None, task_id: str, owner: str | None = None) -> 
     return task
 
 
+def require_batch(batch: Batch | None, batch_id: str, owner: str) -> Batch:
+    """Return `batch`.
+
+    Raises:
+        TaskBatchNotFound: there is none, or it is not the owner's.
+    """
+    if batch is None or batch.user_id != owner:
+        raise TaskBatchNotFound(f"There is no batch {batch_id}.", metadata={"batch_id": batch_id})
+    return batch
+
+
+def blamed(error: MeshError, index: int) -> MeshError:
+    """Return why a batch is refused, with the item that is to blame: what is wrong with its file."""
+    error.message = f"items[{index}]: {error.message}"
+    error.metadata["index"] = str(index)
+    error.violations[f"items[{index}].inputFileId"] = error.message
+    return error
+
+
 def require_retryable(task: Task) -> None:
     """Refuse to queue a task again that did not end badly.
 
@@ -358,16 +418,20 @@ def created(
     *,
     task_id: str,
     user_id: str,
+    role: str,
     input_file_id: str,
     file_ids: Sequence[str],
     operation: bytes,
     deadline: timedelta | None = None,
+    batch_id: str | None = None,
 ) -> Change:
-    """Make a task. It reads `file_ids`, the input among them."""
+    """Make a task. It reads `file_ids`, the input among them. Its turn is given where it is stored."""
     task = Task(
         task_id=task_id,
         user_id=user_id,
+        role=role,
         pool=POOL,
+        turn=0,
         input_file_id=input_file_id,
         file_ids=tuple(file_ids),
         operation=operation,
@@ -387,6 +451,7 @@ def created(
         lease_time=None,
         deadline=deadline,
         deadline_time=_later(now, deadline),
+        batch_id=batch_id,
     )
     return Change(task, notices=(TaskCreated(task), Permit(task)))
 
@@ -491,12 +556,17 @@ def cancelled(task: Task, now: datetime) -> Change:
             f"The task {task.task_id} has ended already: it is {task.state}.",
             metadata={"task_id": task.task_id, "state": task.state},
         )
-    stopped = _ended(task, State.CANCELLED, now)
-    return Change(stopped, notices=(TaskCancelled(stopped),))
+    unwanted = _ended(task, State.CANCELLED, now)
+    return Change(unwanted, notices=(TaskCancelled(unwanted),))
 
 
-def retried(task: Task, now: datetime, *, round_: int) -> Change:
-    """Queue a task again that ended badly, with fresh attempts.
+def stopped(task: Task, now: datetime) -> Change:
+    """Cancel a task, as part of many, unless it has ended."""
+    return Change(task) if task.state.ended else cancelled(task, now)
+
+
+def retried(task: Task, now: datetime, *, round_: int, role: str) -> Change:
+    """Queue a task again that ended badly, with fresh attempts. It waits for a new turn, weighed by `role`.
 
     Raises:
         TaskNotRetryable: it did not end badly, or was retried since `round_` was reserved.
@@ -509,13 +579,29 @@ def retried(task: Task, now: datetime, *, round_: int) -> Change:
         )
     waiting = replace(
         _requeued(task, now, due_time=now),
+        role=role,
         round=round_,
         failures=0,
         failure=None,
+        start_time=None,
         end_time=None,
         deadline_time=_later(now, task.deadline),
     )
     return Change(waiting, reason="RETRIED", notices=(TaskCreated(waiting), Permit(waiting)))
+
+
+def turns(role: str, *, present: int, last: int | None, count: int = 1) -> list[int]:
+    """Return the turns of `count` tasks that a user queues now (start-time fair queueing; decision 0019).
+
+    Args:
+        role: weighs them.
+        present: the turn that the pool has come to.
+        last: the latest turn among the user's tasks that have not ended; None when all have.
+        count: > 0.
+    """
+    length = LONGEST_TURN // WEIGHTS.get(role, 1)
+    first = present if last is None else max(present, last + length)
+    return [first + length * number for number in range(count)]
 
 
 def backoff(failures: int, *, terms: Terms, jitter: float) -> timedelta:

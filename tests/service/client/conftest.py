@@ -206,6 +206,45 @@ class Installation(
         )  # fmt: skip
         return self.tasks.setdefault(task_id, task)
 
+    async def CreateTaskBatch(self, request, context):
+        await self.require_token(context)
+        for item in request.items:
+            task_id = f"tsk_{len(self.tasks) + 1}"
+            self.tasks[task_id] = Task(
+                task_id=task_id, state=Task.STATE_RUNNING, input_file_id=item.input_file_id,
+                operation=item.operation, progress={"stage": "process", "fraction": 0.5}, batch_id="bat_1",
+            )  # fmt: skip
+        return self.batch()
+
+    async def GetTaskBatch(self, request, context):
+        await self.require_token(context)
+        before = self.batch()
+        running = [task for task in self.tasks.values() if task.state == Task.STATE_RUNNING]
+        if running and not self.held:  # one ends with each look; of several that fail it is the last
+            task = running[0]
+            if self.failing and len(running) == 1:
+                task.state = Task.STATE_FAILED
+                task.error.message, task.error.reason = "The image is damaged.", "INPUT_DAMAGED"
+            else:
+                task.state = Task.STATE_SUCCEEDED
+                task.output_file_ids.append(self.keep("result.webp", "image/webp", RESULT).file_id)
+        return before
+
+    async def CancelTaskBatch(self, request, context):
+        await self.require_token(context)
+        for task in self.tasks.values():
+            if task.state == Task.STATE_RUNNING:
+                task.state = Task.STATE_CANCELLED
+        return self.batch()
+
+    def batch(self) -> task_pb2.TaskBatch:
+        states = [task.state for task in self.tasks.values() if task.batch_id]
+        counts = {Task.State.Name(state).removeprefix("STATE_").lower(): states.count(state) for state in set(states)}
+        ended = len(states) - counts.get("running", 0)
+        return task_pb2.TaskBatch(
+            batch_id="bat_1", task_count=len(states), state_counts=counts, fraction=ended / len(states)
+        )
+
     async def GetTask(self, request, context):
         await self.require_token(context)
         if request.task_id not in self.tasks:
@@ -215,6 +254,7 @@ class Installation(
     async def ListTasks(self, request, context):
         await self.require_token(context)
         found = [task for task in reversed(self.tasks.values()) if request.state in (0, task.state)]
+        found = [task for task in found if request.batch_id in ("", task.batch_id)]
         start = int(request.page_token or 0)
         page = found[start : start + 2]  # small, so that listing has to turn pages
         token = str(start + 2) if start + 2 < len(found) else ""

@@ -69,14 +69,14 @@ class Users(user_pb2_grpc.UserServiceServicer):
         self.failure: Exception | None = None
         self.takes: Callable[[], None] = lambda: None
 
-    async def ReserveQuota(self, request, _):
-        if len(self.reserved | {request.reservation_id}) > self.limit:
+    async def ReserveQuotas(self, request, _):
+        if len(self.reserved | {*request.reservation_ids}) > self.limit:
             raise QuotaExceeded("All used.", metadata={"metric": "tasks", "limit": str(self.limit)})
-        self.reserved.add(request.reservation_id)
+        self.reserved |= {*request.reservation_ids}
         self.takes()
         if self.failure:  # after it took effect: the answer is what was lost
             raise self.failure
-        return user_pb2.Reservation(reservation_id=request.reservation_id, state=user_pb2.Reservation.STATE_HELD)
+        return user_pb2.ReserveQuotasResponse()
 
 
 class Bus:
@@ -131,6 +131,16 @@ class Interrupted(SqlTasks):
         task = await super().add(task_id, interrupted)
         self._reach("after the commit")
         return task
+
+    async def add_batch(self, batch_id: str, created: Callable[[datetime], Any]) -> Any:
+        self._reach("before the transaction")
+
+        def interrupted(now: datetime) -> Any:
+            changes = created(now)
+            self._reach("inside the transaction")
+            return changes
+
+        return await super().add_batch(batch_id, interrupted)
 
 
 @dataclass

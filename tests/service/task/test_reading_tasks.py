@@ -85,7 +85,15 @@ async def test_every_search_of_many_tasks_uses_an_index(replica: Replica):
         ),
         f"SELECT * FROM task WHERE user_id = '{OWNER}' AND (create_time, task_id) < (9, 'x')"
         " ORDER BY create_time DESC, task_id DESC": "task_by_user",
-        f"SELECT * FROM task WHERE {QUEUED} AND pool = 'cpu' AND due_time < 1 ORDER BY due_time, task_id": "task_queue",
+        f"SELECT count(*) FROM task WHERE {QUEUED} AND pool = 'cpu' AND due_time < 1": "task_turns",
+        f"SELECT * FROM task WHERE {QUEUED} AND pool = 'cpu' AND due_time < 1 ORDER BY turn, task_id": "task_turns",
+        f"SELECT turn FROM task WHERE {QUEUED} AND pool = 'cpu' AND start_time IS NULL ORDER BY turn": "task_turns",
+        f"SELECT turn FROM task WHERE {UNENDED} AND pool = 'cpu' AND user_id = '{OWNER}' ORDER BY turn DESC": (
+            "task_turns_of_user"
+        ),
+        "SELECT state FROM task WHERE batch_id = 'bat_1'": "task_by_batch",
+        f"SELECT * FROM task WHERE user_id = '{OWNER}' AND batch_id = 'bat_1'"
+        " ORDER BY create_time DESC, task_id DESC": "task_by_batch",
         f"SELECT task_id FROM task WHERE {RUNNING} AND lease_time < 1 ORDER BY lease_time": "task_leases",
         f"SELECT task_id FROM task WHERE {UNENDED} AND deadline_time < 1 ORDER BY deadline_time": "task_deadlines",
     }

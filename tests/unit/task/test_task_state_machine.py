@@ -35,6 +35,7 @@ def queued(deadline: timedelta | None = None) -> Task:
         NOW,
         task_id="tsk_1",
         user_id="usr_1",
+        role="ROLE_USER",
         input_file_id="fil_1",
         file_ids=("fil_1", "fil_2"),
         operation=b"op",
@@ -65,7 +66,13 @@ def kinds(change: Change) -> list[type]:
 
 def test_a_new_task_waits_and_sends_its_event_and_a_permit():
     change = domain.created(
-        NOW, task_id="tsk_1", user_id="usr_1", input_file_id="fil_1", file_ids=("fil_1",), operation=b"op"
+        NOW,
+        task_id="tsk_1",
+        user_id="usr_1",
+        role="ROLE_USER",
+        input_file_id="fil_1",
+        file_ids=("fil_1",),
+        operation=b"op",
     )
 
     assert (change.task.state, change.task.attempt, change.task.sequence) == (State.QUEUED, 0, 1)
@@ -249,7 +256,7 @@ def test_a_task_that_ended_or_has_time_left_is_left_alone(task: Task, after: tim
 def test_a_retry_begins_its_time_anew():
     late = domain.overran(LIMITED, NOW + 2 * MINUTE).task
 
-    again = domain.retried(late, NOW + 3 * MINUTE, round_=2).task
+    again = domain.retried(late, NOW + 3 * MINUTE, round_=2, role="ROLE_USER").task
 
     assert again.deadline_time == NOW + 4 * MINUTE
 
@@ -276,7 +283,7 @@ def test_a_task_that_ended_otherwise_cannot_be_cancelled(task: Task):
 
 @pytest.mark.parametrize("task", [cancelled(), failed().task])
 def test_a_task_that_ended_badly_can_be_retried_with_fresh_attempts(task: Task):
-    change = domain.retried(task, NOW, round_=2)
+    change = domain.retried(task, NOW, round_=2, role="ROLE_USER")
 
     assert (change.task.state, change.task.failures, change.task.failure) == (State.QUEUED, 0, None)
     assert (change.task.reservation_id, change.task.attempt) == ("tsk_1/2", task.attempt)
@@ -286,21 +293,21 @@ def test_a_task_that_ended_badly_can_be_retried_with_fresh_attempts(task: Task):
 @pytest.mark.parametrize("task", [queued(), running(), succeeded()])
 def test_a_task_that_did_not_end_badly_cannot_be_retried(task: Task):
     with pytest.raises(TaskNotRetryable) as refusal:
-        domain.retried(task, NOW, round_=2)
+        domain.retried(task, NOW, round_=2, role="ROLE_USER")
 
     assert refusal.value.metadata["state"] == task.state
 
 
 def test_a_round_that_another_retry_has_used_is_refused():
-    again = domain.cancelled(domain.retried(cancelled(), NOW, round_=2).task, NOW).task
+    again = domain.cancelled(domain.retried(cancelled(), NOW, round_=2, role="ROLE_USER").task, NOW).task
 
     with pytest.raises(TaskNotRetryable):
-        domain.retried(again, NOW, round_=2)
+        domain.retried(again, NOW, round_=2, role="ROLE_USER")
 
 
 def test_a_history_is_replayed_state_by_state():
     steps = [Change(queued()), domain.claimed(queued(), NOW, terms=TERMS), failed()]
-    steps.append(domain.retried(steps[-1].task, NOW, round_=2))
+    steps.append(domain.retried(steps[-1].task, NOW, round_=2, role="ROLE_USER"))
     steps.append(domain.claimed(steps[-1].task, NOW, terms=TERMS))
     events = tuple(
         Event(s.task.sequence, s.task.state, s.task.attempt, s.reason, s.task.failure, s.task.update_time)

@@ -129,6 +129,7 @@ class Task(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     DEADLINE_TIME_FIELD_NUMBER: _builtins.int
+    BATCH_ID_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """`tsk_…`."""
     user_id: _builtins.str
@@ -139,6 +140,8 @@ class Task(_message.Message):
     """What it works on."""
     attempt: _builtins.int
     """Which attempt this is; 0 before the first, > 0 after. The fencing token of its lease."""
+    batch_id: _builtins.str
+    """`bat_…`, the batch that it was created with; empty for one created alone."""
     @_builtins.property
     def operation(self) -> _media_pb2.Operation:
         """What is to be done."""
@@ -161,7 +164,7 @@ class Task(_message.Message):
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """When the newest attempt began."""
+        """When the newest attempt began; unset until one has since the task was created or retried."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
@@ -192,14 +195,97 @@ class Task(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         deadline_time: _timestamp_pb2.Timestamp | None = ...,
+        batch_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline_time", b"deadline_time", "end_time", b"end_time", "error", b"error", "operation", b"operation", "progress", b"progress", "start_time", b"start_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "deadline_time", b"deadline_time", "end_time", b"end_time", "error", b"error", "input_file_id", b"input_file_id", "operation", b"operation", "output_file_ids", b"output_file_ids", "progress", b"progress", "start_time", b"start_time", "state", b"state", "task_id", b"task_id", "update_time", b"update_time", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "batch_id", b"batch_id", "create_time", b"create_time", "deadline_time", b"deadline_time", "end_time", b"end_time", "error", b"error", "input_file_id", b"input_file_id", "operation", b"operation", "output_file_ids", b"output_file_ids", "progress", b"progress", "start_time", b"start_time", "state", b"state", "task_id", b"task_id", "update_time", b"update_time", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Task: _TypeAlias = Task  # noqa: Y015
+
+@_typing.final
+class TaskBatch(_message.Message):
+    """Tasks that were created in one call, and how far they are together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class StateCounts(_message.Message):
+        """How many tasks are in each state."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        QUEUED_FIELD_NUMBER: _builtins.int
+        RUNNING_FIELD_NUMBER: _builtins.int
+        SUCCEEDED_FIELD_NUMBER: _builtins.int
+        FAILED_FIELD_NUMBER: _builtins.int
+        CANCELLED_FIELD_NUMBER: _builtins.int
+        queued: _builtins.int
+        """Wait for a worker."""
+        running: _builtins.int
+        """Are being worked on."""
+        succeeded: _builtins.int
+        """Are done."""
+        failed: _builtins.int
+        """Will not be done."""
+        cancelled: _builtins.int
+        """Are not wanted any more."""
+        def __init__(
+            self,
+            *,
+            queued: _builtins.int = ...,
+            running: _builtins.int = ...,
+            succeeded: _builtins.int = ...,
+            failed: _builtins.int = ...,
+            cancelled: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "failed", b"failed", "queued", b"queued", "running", b"running", "succeeded", b"succeeded"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    BATCH_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    TASK_COUNT_FIELD_NUMBER: _builtins.int
+    FRACTION_FIELD_NUMBER: _builtins.int
+    STATE_COUNTS_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    batch_id: _builtins.str
+    """`bat_…`."""
+    user_id: _builtins.str
+    """Whose it is."""
+    task_count: _builtins.int
+    """How many tasks it has."""
+    fraction: _builtins.float
+    """0..1: the mean of its tasks' fractions, where a task that has ended, however, counts as 1."""
+    @_builtins.property
+    def state_counts(self) -> Global___TaskBatch.StateCounts:
+        """Its tasks by state. It has ended when none is queued or running."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was created."""
+
+    def __init__(
+        self,
+        *,
+        batch_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        task_count: _builtins.int = ...,
+        fraction: _builtins.float = ...,
+        state_counts: Global___TaskBatch.StateCounts | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "state_counts", b"state_counts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "create_time", b"create_time", "fraction", b"fraction", "state_counts", b"state_counts", "task_count", b"task_count", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TaskBatch: _TypeAlias = TaskBatch  # noqa: Y015
 
 @_typing.final
 class TaskEvent(_message.Message):
@@ -280,6 +366,110 @@ class CreateTaskRequest(_message.Message):
 Global___CreateTaskRequest: _TypeAlias = CreateTaskRequest  # noqa: Y015
 
 @_typing.final
+class CreateTaskBatchRequest(_message.Message):
+    """What to do, and to what, many times."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Item(_message.Message):
+        """One task."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        INPUT_FILE_ID_FIELD_NUMBER: _builtins.int
+        OPERATION_FIELD_NUMBER: _builtins.int
+        input_file_id: _builtins.str
+        """One of the caller's files: an image."""
+        @_builtins.property
+        def operation(self) -> _media_pb2.Operation:
+            """What to do."""
+
+        def __init__(
+            self,
+            *,
+            input_file_id: _builtins.str = ...,
+            operation: _media_pb2.Operation | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["input_file_id", b"input_file_id", "operation", b"operation"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DEADLINE_DURATION_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Makes a repeated call answer the first one's batch; `Idempotency-Key` in HTTP."""
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___CreateTaskBatchRequest.Item]:
+        """The tasks, in order."""
+
+    @_builtins.property
+    def deadline_duration(self) -> _duration_pb2.Duration:
+        """Of each task; see CreateTaskRequest."""
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___CreateTaskBatchRequest.Item] | None = ...,
+        request_id: _builtins.str = ...,
+        deadline_duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration", "items", b"items", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateTaskBatchRequest: _TypeAlias = CreateTaskBatchRequest  # noqa: Y015
+
+@_typing.final
+class GetTaskBatchRequest(_message.Message):
+    """Which batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_ID_FIELD_NUMBER: _builtins.int
+    batch_id: _builtins.str
+    """`bat_…`."""
+    def __init__(
+        self,
+        *,
+        batch_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTaskBatchRequest: _TypeAlias = GetTaskBatchRequest  # noqa: Y015
+
+@_typing.final
+class CancelTaskBatchRequest(_message.Message):
+    """Which batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_ID_FIELD_NUMBER: _builtins.int
+    batch_id: _builtins.str
+    """`bat_…`."""
+    def __init__(
+        self,
+        *,
+        batch_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelTaskBatchRequest: _TypeAlias = CancelTaskBatchRequest  # noqa: Y015
+
+@_typing.final
 class GetTaskRequest(_message.Message):
     """Which task."""
 
@@ -318,22 +508,26 @@ class ListTasksRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    BATCH_ID_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Most tasks in the answer; 0 means 50."""
     page_token: _builtins.str
     """`next_page_token` of the page before."""
     state: Global___Task.State.ValueType
     """Only tasks in this state; all when unset."""
+    batch_id: _builtins.str
+    """Only the tasks of this batch; all when empty."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         state: Global___Task.State.ValueType = ...,
+        batch_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "page_size", b"page_size", "page_token", b"page_token", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -541,19 +735,23 @@ class ClaimTaskRequest(_message.Message):
 
     POOL_FIELD_NUMBER: _builtins.int
     WORKER_ID_FIELD_NUMBER: _builtins.int
+    MAX_TASKS_FIELD_NUMBER: _builtins.int
     pool: _builtins.str
     """The pool, e.g. `cpu`."""
     worker_id: _builtins.str
     """The worker's own name, for people."""
+    max_tasks: _builtins.int
+    """Most tasks in the answer, for a worker that does several in one go; 0 means 1."""
     def __init__(
         self,
         *,
         pool: _builtins.str = ...,
         worker_id: _builtins.str = ...,
+        max_tasks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_tasks", b"max_tasks", "pool", b"pool", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -598,18 +796,24 @@ class ClaimTaskResponse(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def assignment(self) -> Global___ClaimTaskResponse.Assignment:
-        """Not set when there is nothing to do."""
+        """The first; not set when there is nothing to do."""
+
+    @_builtins.property
+    def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClaimTaskResponse.Assignment]:
+        """Those after the first, where several were asked for."""
 
     def __init__(
         self,
         *,
         assignment: Global___ClaimTaskResponse.Assignment | None = ...,
+        others: _abc.Iterable[Global___ClaimTaskResponse.Assignment] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "others", b"others"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,6 +39,14 @@ class TaskServiceStub:
     OPERATION_REQUIRED and other reasons of the bounds, or IDEMPOTENCY_KEY_REUSED.
     With a request id, repeating it answers the same task.
     """
+    CreateTaskBatch: _grpc.UnaryUnaryMultiCallable[_task_pb2.CreateTaskBatchRequest, _task_pb2.TaskBatch]
+    """Queues up to 1,000 operations, all or none; they share a parent. Fails as CreateTask does: `index` in the metadata
+    and a violation `items[…]` say which item is to blame. With a request id, repeating it answers the same batch.
+    """
+    GetTaskBatch: _grpc.UnaryUnaryMultiCallable[_task_pb2.GetTaskBatchRequest, _task_pb2.TaskBatch]
+    """Reads how far a batch is. Its tasks are in ListTasks, by `batch_id`. Fails with TASK_BATCH_NOT_FOUND."""
+    CancelTaskBatch: _grpc.UnaryUnaryMultiCallable[_task_pb2.CancelTaskBatchRequest, _task_pb2.TaskBatch]
+    """Cancels those of a batch's tasks that have not ended. Repeating it succeeds. Fails with TASK_BATCH_NOT_FOUND."""
     GetTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.GetTaskRequest, _task_pb2.Task]
     """Reads a task, at once or when it has ended (`wait`). Fails with TASK_NOT_FOUND."""
     ListTasks: _grpc.UnaryUnaryMultiCallable[_task_pb2.ListTasksRequest, _task_pb2.ListTasksResponse]
@@ -62,7 +70,9 @@ class TaskServiceStub:
     ListTaskEvents: _grpc.UnaryUnaryMultiCallable[_task_pb2.ListTaskEventsRequest, _task_pb2.ListTaskEventsResponse]
     """Lists every change of a task's state, oldest first. Fails with TASK_NOT_FOUND."""
     ClaimTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.ClaimTaskRequest, _task_pb2.ClaimTaskResponse]
-    """Takes the next task of a pool under a lease. Answers without an assignment when there is none."""
+    """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
+    when there is none.
+    """
     RenewLease: _grpc.UnaryUnaryMultiCallable[_task_pb2.RenewLeaseRequest, _task_pb2.RenewLeaseResponse]
     """Prolongs a lease and reports progress. Fails with LEASE_LOST."""
     CompleteTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.CompleteTaskRequest, _task_pb2.CompleteTaskResponse]
@@ -82,6 +92,14 @@ class TaskServiceAsyncStub(TaskServiceStub):
     OPERATION_REQUIRED and other reasons of the bounds, or IDEMPOTENCY_KEY_REUSED.
     With a request id, repeating it answers the same task.
     """
+    CreateTaskBatch: _aio.UnaryUnaryMultiCallable[_task_pb2.CreateTaskBatchRequest, _task_pb2.TaskBatch]  # type: ignore[assignment]
+    """Queues up to 1,000 operations, all or none; they share a parent. Fails as CreateTask does: `index` in the metadata
+    and a violation `items[…]` say which item is to blame. With a request id, repeating it answers the same batch.
+    """
+    GetTaskBatch: _aio.UnaryUnaryMultiCallable[_task_pb2.GetTaskBatchRequest, _task_pb2.TaskBatch]  # type: ignore[assignment]
+    """Reads how far a batch is. Its tasks are in ListTasks, by `batch_id`. Fails with TASK_BATCH_NOT_FOUND."""
+    CancelTaskBatch: _aio.UnaryUnaryMultiCallable[_task_pb2.CancelTaskBatchRequest, _task_pb2.TaskBatch]  # type: ignore[assignment]
+    """Cancels those of a batch's tasks that have not ended. Repeating it succeeds. Fails with TASK_BATCH_NOT_FOUND."""
     GetTask: _aio.UnaryUnaryMultiCallable[_task_pb2.GetTaskRequest, _task_pb2.Task]  # type: ignore[assignment]
     """Reads a task, at once or when it has ended (`wait`). Fails with TASK_NOT_FOUND."""
     ListTasks: _aio.UnaryUnaryMultiCallable[_task_pb2.ListTasksRequest, _task_pb2.ListTasksResponse]  # type: ignore[assignment]
@@ -105,7 +123,9 @@ class TaskServiceAsyncStub(TaskServiceStub):
     ListTaskEvents: _aio.UnaryUnaryMultiCallable[_task_pb2.ListTaskEventsRequest, _task_pb2.ListTaskEventsResponse]  # type: ignore[assignment]
     """Lists every change of a task's state, oldest first. Fails with TASK_NOT_FOUND."""
     ClaimTask: _aio.UnaryUnaryMultiCallable[_task_pb2.ClaimTaskRequest, _task_pb2.ClaimTaskResponse]  # type: ignore[assignment]
-    """Takes the next task of a pool under a lease. Answers without an assignment when there is none."""
+    """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
+    when there is none.
+    """
     RenewLease: _aio.UnaryUnaryMultiCallable[_task_pb2.RenewLeaseRequest, _task_pb2.RenewLeaseResponse]  # type: ignore[assignment]
     """Prolongs a lease and reports progress. Fails with LEASE_LOST."""
     CompleteTask: _aio.UnaryUnaryMultiCallable[_task_pb2.CompleteTaskRequest, _task_pb2.CompleteTaskResponse]  # type: ignore[assignment]
@@ -128,6 +148,32 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         OPERATION_REQUIRED and other reasons of the bounds, or IDEMPOTENCY_KEY_REUSED.
         With a request id, repeating it answers the same task.
         """
+
+    @_abc_1.abstractmethod
+    def CreateTaskBatch(
+        self,
+        request: _task_pb2.CreateTaskBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.TaskBatch, _abc.Awaitable[_task_pb2.TaskBatch]]:
+        """Queues up to 1,000 operations, all or none; they share a parent. Fails as CreateTask does: `index` in the metadata
+        and a violation `items[…]` say which item is to blame. With a request id, repeating it answers the same batch.
+        """
+
+    @_abc_1.abstractmethod
+    def GetTaskBatch(
+        self,
+        request: _task_pb2.GetTaskBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.TaskBatch, _abc.Awaitable[_task_pb2.TaskBatch]]:
+        """Reads how far a batch is. Its tasks are in ListTasks, by `batch_id`. Fails with TASK_BATCH_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def CancelTaskBatch(
+        self,
+        request: _task_pb2.CancelTaskBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.TaskBatch, _abc.Awaitable[_task_pb2.TaskBatch]]:
+        """Cancels those of a batch's tasks that have not ended. Repeating it succeeds. Fails with TASK_BATCH_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def GetTask(
@@ -199,7 +245,9 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_pb2.ClaimTaskRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.ClaimTaskResponse, _abc.Awaitable[_task_pb2.ClaimTaskResponse]]:
-        """Takes the next task of a pool under a lease. Answers without an assignment when there is none."""
+        """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
+        when there is none.
+        """
 
     @_abc_1.abstractmethod
     def RenewLease(
