@@ -468,6 +468,29 @@ class Atelier:
         """Make a new key for signing tokens."""
         return await self._signed_in(self._auth.RotateKeys, auth_pb2.RotateKeysRequest())
 
+    async def dead_letters(self, *, reason: str = "") -> AsyncIterator[task_pb2.DeadLetter]:
+        """Yield tasks that used up their attempts, oldest first; no reason means with any."""
+        request = task_pb2.ListDeadLettersRequest(reason=reason)
+        while True:
+            page = await self._signed_in(self._tasks.ListDeadLetters, request)
+            for letter in page.dead_letters:
+                yield letter
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def redrive_tasks(
+        self, task_ids: Iterable[str] = (), *, reason: str = ""
+    ) -> AsyncIterator[task_pb2.RedriveTasksResponse]:
+        """Queue dead letters again, up to a hundred by their ids or all with a reason; yield what became of them."""
+        request = task_pb2.RedriveTasksRequest(task_ids=task_ids, reason=reason)
+        while True:
+            answer = await self._signed_in(self._tasks.RedriveTasks, request)
+            yield answer
+            if not answer.next_page_token:
+                return
+            request.page_token = answer.next_page_token
+
     async def topology(self, service: str = "") -> topology_pb2.GetTopologyResponse:
         """Return what the mesh looks like now; of one service, in more detail."""
         request = topology_pb2.GetTopologyRequest(service=service)

@@ -16,7 +16,7 @@ from typing import Any, Self
 import click
 from atelier.media.v1.media_pb2 import Operation
 from atelier.storage.v1.storage_pb2 import File
-from atelier.task.v1.task_pb2 import Task, TaskBatch
+from atelier.task.v1.task_pb2 import DeadLetter, RedriveTasksResponse, Task, TaskBatch
 from google.protobuf.descriptor import FieldDescriptor
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -412,6 +412,46 @@ async def retry(shell: Shell, atelier: Atelier, task_id: str) -> None:
     task = await atelier.retry_task(task_id)
     text = f"{task.task_id} is {_state(task)}.\nFollow it with: atelier tasks watch {task.task_id}"
     shell.answer({"task": document(task)}, text)
+
+
+@tasks.command()
+@click.option("--reason", default="", help="Only those with this reason, e.g. WORKER_LOST.")
+@_limit
+@connected
+async def dead_letters(shell: Shell, atelier: Atelier, reason: str, limit: int) -> None:
+    """List everybody's tasks that used up their attempts, oldest first. For administrators."""
+    found: list[DeadLetter] = []
+    async for letter in atelier.dead_letters(reason=reason):
+        found.append(letter)
+        if len(found) == limit:
+            break
+    rows = table("TASK", "USER", "REASON", "ATTEMPTS", "FAILED", "REQUEST", "TRACE")
+    for letter in found:
+        rows.add_row(
+            letter.task_id, letter.user_id, letter.error.reason, str(letter.attempts), local_time(letter.dead_time),
+            letter.request_id, letter.trace_id,
+        )  # fmt: skip
+    shell.answer({"deadLetters": [document(letter) for letter in found]}, rows if found else "No dead letters.")
+
+
+@tasks.command()
+@click.argument("task_ids", metavar="[TASK_ID]...", nargs=-1)
+@click.option("--reason", default="", help="All with this reason, instead of those named.")
+@connected
+async def redrive(shell: Shell, atelier: Atelier, task_ids: tuple[str, ...], reason: str) -> None:
+    """Queue tasks again that used up their attempts, for their owners. For administrators."""
+    if bool(task_ids) == bool(reason):
+        raise click.UsageError("Give either tasks or --reason.")
+    redriven: list[str] = []
+    refused: list[RedriveTasksResponse.Refusal] = []
+    async for answer in atelier.redrive_tasks(task_ids, reason=reason):
+        redriven += answer.task_ids
+        refused += answer.refusals
+    lines = [f"{len(redriven)} queued again."]
+    lines += [f"{each.task_id}: {each.message} ({each.reason})" for each in refused]
+    shell.answer({"taskIds": redriven, "refusals": [document(each) for each in refused]}, "\n".join(lines))
+    if refused:
+        raise TasksNotDone(len(refused), len(redriven) + len(refused))
 
 
 @click.group(cls=Group, invoke_without_command=True)

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 from atelier.media.v1 import media_pb2
@@ -15,14 +16,16 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message as Proto
 
 from mesh import events, paging
-from mesh.errors import InvalidArgument
+from mesh.errors import InvalidArgument, MeshError
 from mesh.outbox import Message
 from mesh.wire import timestamp
 from services.task.domain import (
     Batch,
+    DeadQuery,
     Event,
     Failure,
     Notice,
+    Page,
     Permit,
     Progress,
     Query,
@@ -81,6 +84,23 @@ def task_to_json(task: Task) -> str:
     return json.dumps(printed, ensure_ascii=False, separators=(",", ":"))
 
 
+def dead_letter_to_proto(task: Task) -> pb.DeadLetter:
+    return pb.DeadLetter(
+        task_id=task.task_id,
+        user_id=task.user_id,
+        error=_error(task.failure),
+        attempts=task.failures,
+        request_id=task.request_id,
+        trace_id=task.trace_id,
+        create_time=timestamp(task.create_time),
+        dead_time=timestamp(task.dead_time),
+    )
+
+
+def refusal_to_proto(task_id: str, error: MeshError) -> pb.RedriveTasksResponse.Refusal:
+    return pb.RedriveTasksResponse.Refusal(task_id=task_id, reason=error.reason, message=error.message)
+
+
 def event_to_proto(event: Event) -> pb.TaskEvent:
     return pb.TaskEvent(
         sequence=event.sequence,
@@ -122,22 +142,56 @@ def query_from(request: pb.ListTasksRequest, user_id: str) -> Query:
     Raises:
         PageTokenMalformed: the token is not one of this list.
     """
-    after = None
-    if request.page_token:
-        microseconds, task_id = paging.decode(request.page_token, (int, str))
-        after = (_EPOCH + int(microseconds) * _MICROSECOND, str(task_id))
     return Query(
         user_id,
         state_from(request.state),
         request.batch_id or None,
-        after,
+        _place(request.page_token),
         request.page_size or paging.DEFAULT_PAGE_SIZE,
     )
 
 
-def page_token(last: Task) -> str:
-    """Return the token of the page after `last`."""
-    return paging.encode([(last.create_time - _EPOCH) // _MICROSECOND, last.task_id])
+def dead_query_from(request: pb.ListDeadLettersRequest) -> DeadQuery:
+    """Return the page that is asked for.
+
+    Raises:
+        PageTokenMalformed: the token is not one of this list.
+    """
+    return DeadQuery(request.reason or None, _place(request.page_token), request.page_size or paging.DEFAULT_PAGE_SIZE)
+
+
+def redrive_query_from(request: pb.RedriveTasksRequest, size: int) -> DeadQuery:
+    """Return which dead letters of a reason are next.
+
+    Raises:
+        PageTokenMalformed: the token is not one of such a call.
+    """
+    return DeadQuery(request.reason, _place(request.page_token), size)
+
+
+def page_token(page: Page) -> str:
+    """Return the token of the page of tasks after `page`; empty when there is none."""
+    return _token(page, lambda task: task.create_time)
+
+
+def dead_page_token(page: Page) -> str:
+    """Return the token of the page of dead letters after `page`; empty when there is none."""
+    return _token(page, lambda task: task.dead_time or _EPOCH)
+
+
+def _token(page: Page, time: Callable[[Task], datetime]) -> str:
+    if not page.more:
+        return ""
+    last = page.tasks[-1]
+    return paging.encode([(time(last) - _EPOCH) // _MICROSECOND, last.task_id])
+
+
+def _place(token: str) -> tuple[datetime, str] | None:
+    """Return the time and the task that a token names; None for an empty one."""
+    if not token:
+        return None
+    microseconds, task_id = paging.decode(token, (int, str))
+    return _EPOCH + int(microseconds) * _MICROSECOND, str(task_id)
 
 
 def cursor_from(text: str) -> int | None:

@@ -51,6 +51,14 @@ class TaskNotRetryable(FailedPrecondition):
     reason = "TASK_NOT_RETRYABLE"
 
 
+class TaskNotDead(FailedPrecondition):
+    reason = "TASK_NOT_DEAD"
+
+
+class RedriveOfWhat(InvalidArgument):
+    reason = "REDRIVE_OF_WHAT"
+
+
 class LeaseLost(Aborted):
     reason = "LEASE_LOST"
 
@@ -148,6 +156,12 @@ class Task:
     """When the present round's time is over."""
     batch_id: str | None
     """What it was created with, if not alone."""
+    request_id: str
+    """Of the call that queued it."""
+    trace_id: str
+    """Of that call; empty when it had none."""
+    dead_time: datetime | None
+    """When it used up its attempts on what might have passed: since then it is a dead letter."""
 
     @property
     def reservation_id(self) -> str:
@@ -265,6 +279,15 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
+class DeadQuery:
+    """A page of dead letters, oldest first; `after` is the last page's (dead_time, task_id)."""
+
+    reason: str | None
+    after: tuple[datetime, str] | None
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Page:
     """Some tasks, and whether more follow."""
 
@@ -321,6 +344,9 @@ class Tasks(Protocol):
 
     async def page(self, query: Query) -> Page:
         """Return one page."""
+
+    async def dead(self, query: DeadQuery) -> Page:
+        """Return one page of the dead letters."""
 
     async def histories(self, task_ids: Sequence[str]) -> list[History]:
         """Return those of the tasks that exist, each with all its events, as of one moment."""
@@ -413,6 +439,29 @@ def require_retryable(task: Task) -> None:
         )
 
 
+def require_either(task_ids: Sequence[str], reason: str) -> None:
+    """Refuse to redrive what is named in two ways, or not at all.
+
+    Raises:
+        RedriveOfWhat: give tasks, or a reason.
+    """
+    if bool(task_ids) == bool(reason):
+        raise RedriveOfWhat("Give either taskIds or a reason.", metadata={"fields": "taskIds, reason"})
+
+
+def require_dead(task: Task) -> None:
+    """Refuse to redrive a task that is no dead letter.
+
+    Raises:
+        TaskNotDead: it has attempts left, ended otherwise, or was queued again already.
+    """
+    if task.dead_time is None:
+        raise TaskNotDead(
+            f"The task {task.task_id} is no dead letter: it is {task.state}.",
+            metadata={"task_id": task.task_id, "state": task.state},
+        )
+
+
 def created(
     now: datetime,
     *,
@@ -424,6 +473,8 @@ def created(
     operation: bytes,
     deadline: timedelta | None = None,
     batch_id: str | None = None,
+    request_id: str = "",
+    trace_id: str = "",
 ) -> Change:
     """Make a task. It reads `file_ids`, the input among them. Its turn is given where it is stored."""
     task = Task(
@@ -452,6 +503,9 @@ def created(
         deadline=deadline,
         deadline_time=_later(now, deadline),
         batch_id=batch_id,
+        request_id=request_id,
+        trace_id=trace_id,
+        dead_time=None,
     )
     return Change(task, notices=(TaskCreated(task), Permit(task)))
 
@@ -565,7 +619,7 @@ def stopped(task: Task, now: datetime) -> Change:
     return Change(task) if task.state.ended else cancelled(task, now)
 
 
-def retried(task: Task, now: datetime, *, round_: int, role: str) -> Change:
+def retried(task: Task, now: datetime, *, round_: int, role: str, reason: str = "RETRIED") -> Change:
     """Queue a task again that ended badly, with fresh attempts. It waits for a new turn, weighed by `role`.
 
     Raises:
@@ -583,11 +637,12 @@ def retried(task: Task, now: datetime, *, round_: int, role: str) -> Change:
         round=round_,
         failures=0,
         failure=None,
+        dead_time=None,
         start_time=None,
         end_time=None,
         deadline_time=_later(now, task.deadline),
     )
-    return Change(waiting, reason="RETRIED", notices=(TaskCreated(waiting), Permit(waiting)))
+    return Change(waiting, reason=reason, notices=(TaskCreated(waiting), Permit(waiting)))
 
 
 def turns(role: str, *, present: int, last: int | None, count: int = 1) -> list[int]:
@@ -661,7 +716,7 @@ def _attempt_failed(
         rest = backoff(task.failures, terms=terms, jitter=jitter)
         # No permit yet: upkeep sends one when the rest is over.
         return Change(_requeued(task, now, due_time=now + rest), reason=failure.reason)
-    dead = replace(_ended(task, State.FAILED, now), failure=failure)
+    dead = replace(_ended(task, State.FAILED, now), failure=failure, dead_time=now if transient else None)
     return Change(dead, reason=failure.reason, notices=(TaskFailed(dead),))
 
 

@@ -16,13 +16,14 @@ from atelier.task.v1 import task_pb2_grpc
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 from google.api.httpbody_pb2 import HttpBody
 
-from mesh import bounds, capability, context, ids, status, wire
+from mesh import bounds, capability, context, ids, status, telemetry, wire
 from mesh.clock import Clock
 from mesh.errors import InvalidArgument, MeshError, NotFound
 from services.task import convert, domain, sse
 from services.task.domain import Change, Step, Task, Tasks, Terms
 from services.task.watch import Watches
 
+REDRIVEN_AT_ONCE = 100  # of a reason, in one call
 ASKED_AT_ONCE = 50  # files of a batch: enough to hide the way to storage, not enough to fill its doorway
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             file_ids=file_ids,
             operation=request.operation.SerializeToString(deterministic=True),
             deadline=convert.deadline_from(request),
+            request_id=context.request_id(),
+            trace_id=telemetry.trace_id(),
         )
         reserved_time = await self._reserve(user.user_id, [task_id], round_=1)
 
@@ -120,6 +123,8 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
                 operation=item.operation.SerializeToString(deterministic=True),
                 deadline=convert.deadline_from(request),
                 batch_id=batch_id,
+                request_id=context.request_id(),
+                trace_id=telemetry.trace_id(),
             )
             for task_id, item, file_ids in zip(task_ids, request.items, files, strict=True)
         ]
@@ -153,7 +158,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         page = await self._tasks.page(query)
         return pb.ListTasksResponse(
             tasks=map(convert.task_to_proto, page.tasks),
-            next_page_token=convert.page_token(page.tasks[-1]) if page.more else "",
+            next_page_token=convert.page_token(page),
         )
 
     async def WatchTask(self, request: pb.WatchTaskRequest, _: object) -> AsyncIterator[pb.WatchTaskResponse]:
@@ -176,15 +181,31 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
     async def RetryTask(self, request: pb.RetryTaskRequest, _: object) -> pb.Task:
         task = await self._own(request.task_id)
         domain.require_retryable(task)
-        round_ = task.round + 1
-        reserved_time = await self._reserve(task.user_id, [task.task_id], round_=round_)
-        role = context.user().role
+        return convert.task_to_proto(await self._queued_again(task, role=context.user().role, reason="RETRIED"))
 
-        def retry(task: Task, now: datetime) -> Change:
-            domain.require_fresh(reserved_time, self._clock.now())
-            return domain.retried(task, now, round_=round_, role=role)
+    async def ListDeadLetters(self, request: pb.ListDeadLettersRequest, _: object) -> pb.ListDeadLettersResponse:
+        page = await self._tasks.dead(convert.dead_query_from(request))
+        return pb.ListDeadLettersResponse(
+            dead_letters=map(convert.dead_letter_to_proto, page.tasks), next_page_token=convert.dead_page_token(page)
+        )
 
-        return convert.task_to_proto(await self._tasks.change(task.task_id, retry, owner=task.user_id))
+    async def RedriveTasks(self, request: pb.RedriveTasksRequest, _: object) -> pb.RedriveTasksResponse:
+        domain.require_either(request.task_ids, request.reason)
+        task_ids, next_page_token = list(dict.fromkeys(request.task_ids)), ""
+        if request.reason:
+            page = await self._tasks.dead(convert.redrive_query_from(request, REDRIVEN_AT_ONCE))
+            task_ids, next_page_token = [task.task_id for task in page.tasks], convert.dead_page_token(page)
+        answer = pb.RedriveTasksResponse(next_page_token=next_page_token)
+        # One after the other: they may be one user's, whose turns and quota are given one at a time anyway.
+        for task_id in task_ids:
+            [outcome] = await asyncio.gather(self._redriven(task_id), return_exceptions=True)
+            if isinstance(outcome, MeshError):
+                answer.refusals.append(convert.refusal_to_proto(task_id, outcome))
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                answer.task_ids.append(task_id)
+        return answer
 
     async def ListTaskEvents(self, request: pb.ListTaskEventsRequest, _: object) -> pb.ListTaskEventsResponse:
         await self._own(request.task_id)
@@ -230,6 +251,21 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
 
     async def _own(self, task_id: str) -> Task:
         return domain.require_found(await self._tasks.find(task_id), task_id, context.user().user_id)
+
+    async def _redriven(self, task_id: str) -> Task:
+        task = domain.require_found(await self._tasks.find(task_id), task_id)
+        domain.require_dead(task)
+        return await self._queued_again(task, role=task.role, reason="REDRIVEN")
+
+    async def _queued_again(self, task: Task, *, role: str, reason: str) -> Task:
+        round_ = task.round + 1
+        reserved_time = await self._reserve(task.user_id, [task.task_id], round_=round_)
+
+        def retry(task: Task, now: datetime) -> Change:
+            domain.require_fresh(reserved_time, self._clock.now())
+            return domain.retried(task, now, round_=round_, role=role, reason=reason)
+
+        return await self._tasks.change(task.task_id, retry, owner=task.user_id)
 
     async def _require_supported(self, file_id: str, user_id: str) -> None:
         file = await self._storage.StatFile(storage_pb2.StatFileRequest(file_id=file_id, user_id=user_id))

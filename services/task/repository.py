@@ -15,6 +15,7 @@ from mesh.database import Database, Timestamp, insert_if_absent, now
 from services.task.domain import (
     Batch,
     Change,
+    DeadQuery,
     Event,
     Failure,
     History,
@@ -157,6 +158,22 @@ class SqlTasks:
             found = found.where(task_table.c.batch_id == query.batch_id)
         if query.after is not None:
             found = found.where(place < tuple_(*query.after, types=[Timestamp(), String()]))
+        async with self._database.reading() as connection:
+            tasks = [_task(row) for row in await connection.execute(found)]
+        return Page(tasks[: query.size], len(tasks) > query.size)
+
+    async def dead(self, query: DeadQuery) -> Page:
+        place = tuple_(task_table.c.dead_time, task_table.c.task_id)
+        found = (
+            select(task_table)
+            .where(task_table.c.dead_time.is_not(None))
+            .order_by(task_table.c.dead_time, task_table.c.task_id)
+            .limit(query.size + 1)
+        )
+        if query.reason is not None:
+            found = found.where(task_table.c.failure_reason == query.reason)
+        if query.after is not None:
+            found = found.where(place > tuple_(*query.after, types=[Timestamp(), String()]))
         async with self._database.reading() as connection:
             tasks = [_task(row) for row in await connection.execute(found)]
         return Page(tasks[: query.size], len(tasks) > query.size)
@@ -327,6 +344,9 @@ def _columns(task: Task) -> dict[str, Any]:
         "deadline_microseconds": task.deadline and task.deadline // _MICROSECOND,
         "deadline_time": task.deadline_time,
         "batch_id": task.batch_id,
+        "request_id": task.request_id,
+        "trace_id": task.trace_id,
+        "dead_time": task.dead_time,
         **_failure_columns(task.failure),
     }
 
@@ -358,6 +378,9 @@ def _task(row: Row[Any]) -> Task:
         deadline=None if row.deadline_microseconds is None else row.deadline_microseconds * _MICROSECOND,
         deadline_time=row.deadline_time,
         batch_id=row.batch_id,
+        request_id=row.request_id,
+        trace_id=row.trace_id,
+        dead_time=row.dead_time,
     )
 
 

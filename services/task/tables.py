@@ -45,6 +45,9 @@ task = Table(
     Column("deadline_microseconds", BigInteger),
     Column("deadline_time", Timestamp),
     Column("batch_id", String),
+    Column("request_id", String, nullable=False, server_default=""),
+    Column("trace_id", String, nullable=False, server_default=""),
+    Column("dead_time", Timestamp),
     Index("task_by_user", "user_id", "create_time", "task_id"),
     Index("task_by_user_and_state", "user_id", "state", "create_time", "task_id"),
 )
@@ -86,6 +89,14 @@ Index(
     task.c.task_id,
     sqlite_where=text("batch_id IS NOT NULL"),
     postgresql_where=text("batch_id IS NOT NULL"),
+)
+
+Index(
+    "task_dead_letters",
+    task.c.dead_time,
+    task.c.task_id,
+    sqlite_where=text("dead_time IS NOT NULL"),
+    postgresql_where=text("dead_time IS NOT NULL"),
 )
 
 task_batch = Table(

@@ -296,6 +296,20 @@ class Installation(
         self.tasks[request.task_id].state = Task.STATE_QUEUED
         return self.tasks[request.task_id]
 
+    async def ListDeadLetters(self, request, context):
+        await self.require_token(context)
+        dead = {"task_id": "tsk_9", "user_id": "usr_ada", "error": {"reason": request.reason or "WORKER_LOST"}}
+        return task_pb2.ListDeadLettersResponse(dead_letters=[{**dead, "attempts": 3}])
+
+    async def RedriveTasks(self, request, context):
+        await self.require_token(context)
+        if request.task_ids:
+            refusal = {"task_id": request.task_ids[0], "reason": "QUOTA_EXCEEDED", "message": "All used."}
+            return task_pb2.RedriveTasksResponse(refusals=[refusal], task_ids=request.task_ids[1:])
+        page = int(request.page_token or 0)
+        more = str(page + 1) if page < 2 else ""
+        return task_pb2.RedriveTasksResponse(task_ids=[f"tsk_{page}"], next_page_token=more)
+
     # Files
 
     def keep(self, name: str, content_type: str, content: bytes) -> storage_pb2.File:

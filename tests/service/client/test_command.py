@@ -342,6 +342,20 @@ async def test_the_mesh_is_shown_to_people_and_to_programs(person: Person) -> No
     assert (unknown, "SERVICE_UNKNOWN" in complaint) == (1, True)
 
 
+async def test_dead_letters_are_listed_and_redriven(person: Person) -> None:
+    await person.registers()
+
+    _, listed, _ = await person.types("tasks", "dead-letters", "--reason", "STORAGE_AWAY")
+    by_reason, all_, _ = await person.types("tasks", "redrive", "--reason", "WORKER_LOST", "--json")
+    by_id, told, _ = await person.types("tasks", "redrive", "tsk_8", "tsk_9")
+    neither, _, _ = await person.types("tasks", "redrive")
+
+    assert listed.decode().splitlines()[1].split()[:4] == ["tsk_9", "usr_ada", "STORAGE_AWAY", "3"]
+    assert (by_reason, json.loads(all_)["taskIds"]) == (0, ["tsk_0", "tsk_1", "tsk_2"])
+    assert (by_id, told.decode().splitlines()) == (1, ["1 queued again.", "tsk_8: All used. (QUOTA_EXCEEDED)"])
+    assert neither == 2
+
+
 async def test_logging_out_forgets_the_session(person: Person, installation: Installation) -> None:
     await person.registers()
 

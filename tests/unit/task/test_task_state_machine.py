@@ -27,6 +27,7 @@ from services.task.domain import (
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 TERMS = Terms()
+MINUTE = timedelta(minutes=1)
 DAMAGED = Failure(3, "The image is damaged.", "INPUT_DAMAGED")
 
 
@@ -190,8 +191,17 @@ def test_the_third_failure_that_may_pass_ends_the_task():
         change = failed(transient=True, task=domain.claimed(task, NOW, terms=TERMS).task)
         task = change.task
 
-    assert (task.state, task.attempt) == (State.FAILED, 3)
+    assert (task.state, task.attempt, task.dead_time) == (State.FAILED, 3, NOW)
     assert kinds(change) == [TaskFailed]
+
+
+def test_only_what_used_up_its_attempts_is_a_dead_letter_until_it_is_queued_again():
+    last = replace(running(), failures=TERMS.attempts - 1)
+    lost = domain.lapsed(last, NOW + MINUTE, terms=TERMS, jitter=0.5).task
+
+    assert lost.dead_time == NOW + MINUTE
+    assert failed().task.dead_time is None
+    assert domain.retried(lost, NOW, round_=2, role="ROLE_USER").task.dead_time is None
 
 
 def test_a_returned_task_is_queued_at_once_and_the_attempt_does_not_count():
@@ -232,7 +242,6 @@ def test_a_task_that_loses_its_last_worker_fails():
     assert kinds(change) == [TaskFailed]
 
 
-MINUTE = timedelta(minutes=1)
 LIMITED = queued(MINUTE)
 
 

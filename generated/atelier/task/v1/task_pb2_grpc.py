@@ -91,6 +91,16 @@ class TaskServiceStub:
                 request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.ListTaskEventsRequest.SerializeToString,
                 response_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.ListTaskEventsResponse.FromString,
                 _registered_method=True)
+        self.ListDeadLetters = channel.unary_unary(
+                '/atelier.task.v1.TaskService/ListDeadLetters',
+                request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.ListDeadLettersRequest.SerializeToString,
+                response_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.ListDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.RedriveTasks = channel.unary_unary(
+                '/atelier.task.v1.TaskService/RedriveTasks',
+                request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksRequest.SerializeToString,
+                response_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksResponse.FromString,
+                _registered_method=True)
         self.ClaimTask = channel.unary_unary(
                 '/atelier.task.v1.TaskService/ClaimTask',
                 request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.ClaimTaskRequest.SerializeToString,
@@ -206,6 +216,22 @@ class TaskServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListDeadLetters(self, request, context):
+        """Lists tasks that failed since every attempt met something that might have passed (a lost worker, a service that was
+        away), oldest first. Fails with PAGE_TOKEN_MALFORMED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RedriveTasks(self, request, context):
+        """Queues such tasks again, for their owners, each with fresh attempts and a new reservation; what cannot be is told
+        by task. Fails with REDRIVE_OF_WHAT or PAGE_TOKEN_MALFORMED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ClaimTask(self, request, context):
         """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
         when there is none.
@@ -299,6 +325,16 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.ListTaskEvents,
                     request_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.ListTaskEventsRequest.FromString,
                     response_serializer=atelier_dot_task_dot_v1_dot_task__pb2.ListTaskEventsResponse.SerializeToString,
+            ),
+            'ListDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeadLetters,
+                    request_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.ListDeadLettersRequest.FromString,
+                    response_serializer=atelier_dot_task_dot_v1_dot_task__pb2.ListDeadLettersResponse.SerializeToString,
+            ),
+            'RedriveTasks': grpc.unary_unary_rpc_method_handler(
+                    servicer.RedriveTasks,
+                    request_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksRequest.FromString,
+                    response_serializer=atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksResponse.SerializeToString,
             ),
             'ClaimTask': grpc.unary_unary_rpc_method_handler(
                     servicer.ClaimTask,
@@ -624,6 +660,60 @@ class TaskService:
             '/atelier.task.v1.TaskService/ListTaskEvents',
             atelier_dot_task_dot_v1_dot_task__pb2.ListTaskEventsRequest.SerializeToString,
             atelier_dot_task_dot_v1_dot_task__pb2.ListTaskEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.task.v1.TaskService/ListDeadLetters',
+            atelier_dot_task_dot_v1_dot_task__pb2.ListDeadLettersRequest.SerializeToString,
+            atelier_dot_task_dot_v1_dot_task__pb2.ListDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RedriveTasks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.task.v1.TaskService/RedriveTasks',
+            atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksRequest.SerializeToString,
+            atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -69,6 +69,14 @@ class TaskServiceStub:
     """
     ListTaskEvents: _grpc.UnaryUnaryMultiCallable[_task_pb2.ListTaskEventsRequest, _task_pb2.ListTaskEventsResponse]
     """Lists every change of a task's state, oldest first. Fails with TASK_NOT_FOUND."""
+    ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_task_pb2.ListDeadLettersRequest, _task_pb2.ListDeadLettersResponse]
+    """Lists tasks that failed since every attempt met something that might have passed (a lost worker, a service that was
+    away), oldest first. Fails with PAGE_TOKEN_MALFORMED.
+    """
+    RedriveTasks: _grpc.UnaryUnaryMultiCallable[_task_pb2.RedriveTasksRequest, _task_pb2.RedriveTasksResponse]
+    """Queues such tasks again, for their owners, each with fresh attempts and a new reservation; what cannot be is told
+    by task. Fails with REDRIVE_OF_WHAT or PAGE_TOKEN_MALFORMED.
+    """
     ClaimTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.ClaimTaskRequest, _task_pb2.ClaimTaskResponse]
     """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
     when there is none.
@@ -122,6 +130,14 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """
     ListTaskEvents: _aio.UnaryUnaryMultiCallable[_task_pb2.ListTaskEventsRequest, _task_pb2.ListTaskEventsResponse]  # type: ignore[assignment]
     """Lists every change of a task's state, oldest first. Fails with TASK_NOT_FOUND."""
+    ListDeadLetters: _aio.UnaryUnaryMultiCallable[_task_pb2.ListDeadLettersRequest, _task_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
+    """Lists tasks that failed since every attempt met something that might have passed (a lost worker, a service that was
+    away), oldest first. Fails with PAGE_TOKEN_MALFORMED.
+    """
+    RedriveTasks: _aio.UnaryUnaryMultiCallable[_task_pb2.RedriveTasksRequest, _task_pb2.RedriveTasksResponse]  # type: ignore[assignment]
+    """Queues such tasks again, for their owners, each with fresh attempts and a new reservation; what cannot be is told
+    by task. Fails with REDRIVE_OF_WHAT or PAGE_TOKEN_MALFORMED.
+    """
     ClaimTask: _aio.UnaryUnaryMultiCallable[_task_pb2.ClaimTaskRequest, _task_pb2.ClaimTaskResponse]  # type: ignore[assignment]
     """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
     when there is none.
@@ -238,6 +254,26 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.ListTaskEventsResponse, _abc.Awaitable[_task_pb2.ListTaskEventsResponse]]:
         """Lists every change of a task's state, oldest first. Fails with TASK_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def ListDeadLetters(
+        self,
+        request: _task_pb2.ListDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.ListDeadLettersResponse, _abc.Awaitable[_task_pb2.ListDeadLettersResponse]]:
+        """Lists tasks that failed since every attempt met something that might have passed (a lost worker, a service that was
+        away), oldest first. Fails with PAGE_TOKEN_MALFORMED.
+        """
+
+    @_abc_1.abstractmethod
+    def RedriveTasks(
+        self,
+        request: _task_pb2.RedriveTasksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.RedriveTasksResponse, _abc.Awaitable[_task_pb2.RedriveTasksResponse]]:
+        """Queues such tasks again, for their owners, each with fresh attempts and a new reservation; what cannot be is told
+        by task. Fails with REDRIVE_OF_WHAT or PAGE_TOKEN_MALFORMED.
+        """
 
     @_abc_1.abstractmethod
     def ClaimTask(
