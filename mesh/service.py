@@ -234,6 +234,7 @@ async def serve(
     http: Mapping[str, http_listener.Endpoint] | None = None,
     background: Sequence[Background] = (),
     identity: IdentityFeed | None = None,
+    degraded: Callable[[], str] | None = None,
 ) -> None:
     """Run a service until SIGTERM or SIGINT; a second one ends it at once.
 
@@ -245,6 +246,8 @@ async def serve(
         http: endpoints for rpcs whose policy says `bytes`, by full name.
         background: work that never returns; a crash is logged and it is begun again.
         identity: the identity feed; auth's by default.
+        degraded: returns what works less well though the service is SERVING, empty when all is well; it stands in the
+            registration, for people.
     """
     telemetry.configure(config.service, config.instance)
     stopping = _stop_signal()
@@ -252,6 +255,12 @@ async def serve(
     health = HealthServicer()
     settings = Live(config)
     works, checks, registrations = [settings.follow, *background], list(dependencies), []
+
+    async def tell() -> None:
+        settings.meta["degraded"] = degraded() if degraded else ""
+
+    if degraded:
+        works.append(every(HEALTH_PERIOD_SECONDS, tell))
 
     def found_as(name: str, instance: str, port: int) -> None:
         registrations.append(Registration(name, instance, config.host, port, health_address, settings.meta))

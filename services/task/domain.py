@@ -95,6 +95,7 @@ class Progress:
 
 
 WAITING = Progress(0.0, "queued")
+UNSERVED = Progress(0.0, "waiting for a worker")
 STARTED = Progress(0.0, "download")
 DONE = Progress(1.0, "done")
 

@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 
@@ -20,7 +22,7 @@ from mesh import bounds, capability, context, ids, status, telemetry, wire
 from mesh.clock import Clock
 from mesh.errors import InvalidArgument, MeshError, NotFound
 from services.task import convert, domain, sse
-from services.task.domain import Change, Step, Task, Tasks, Terms
+from services.task.domain import UNSERVED, WAITING, Change, State, Step, Task, Tasks, Terms
 from services.task.watch import Watches
 
 REDRIVEN_AT_ONCE = 100  # of a reason, in one call
@@ -39,6 +41,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         users: knows what their owners may use.
         capability_key: signs what a worker may read and write.
         terms: returns what a worker is promised now.
+        is_unserved: tells whether a pool lacks workers.
         clock: the time of day.
     """
 
@@ -51,6 +54,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         *,
         capability_key: str,
         terms: Callable[[], Terms],
+        is_unserved: Callable[[str], bool],
         clock: Clock,
     ) -> None:
         self._tasks = tasks
@@ -59,6 +63,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         self._users = users
         self._capability_key = capability_key
         self._terms = terms
+        self._is_unserved = is_unserved
         self._clock = clock
 
     async def CreateTask(self, request: pb.CreateTaskRequest, _: object) -> pb.Task:
@@ -151,25 +156,25 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             within_seconds=request.wait.ToTimedelta().total_seconds(),
             stopping=context.draining(),
         )
-        return convert.task_to_proto(task)
+        return convert.task_to_proto(self._shown(task))
 
     async def ListTasks(self, request: pb.ListTasksRequest, _: object) -> pb.ListTasksResponse:
         query = convert.query_from(request, context.user().user_id)
         page = await self._tasks.page(query)
         return pb.ListTasksResponse(
-            tasks=map(convert.task_to_proto, page.tasks),
+            tasks=[convert.task_to_proto(self._shown(task)) for task in page.tasks],
             next_page_token=convert.page_token(page),
         )
 
     async def WatchTask(self, request: pb.WatchTaskRequest, _: object) -> AsyncIterator[pb.WatchTaskResponse]:
         after = convert.cursor_from(request.cursor)
-        async for task in self._watches.follow(request.task_id, context.user(), after=after):
+        async for task in self._followed(request.task_id, after):
             if task is not None:
                 yield pb.WatchTaskResponse(task=convert.task_to_proto(task), cursor=convert.cursor(task))
 
     async def WatchTaskEvents(self, request: pb.WatchTaskEventsRequest, _: object) -> AsyncIterator[HttpBody]:
         after = convert.cursor_from(context.metadata().get("last-event-id", ""))
-        tasks = self._watches.follow(request.task_id, context.user(), after=after)
+        tasks = self._followed(request.task_id, after)
         news = ((convert.cursor(task), convert.task_to_json(task)) if task else None async for task in tasks)
         async for frame in sse.framed(context.until_ended(news), refusal=_refusal):
             yield HttpBody(content_type=sse.CONTENT_TYPE, data=frame)
@@ -248,6 +253,22 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             output_file_ids=task.output_file_ids,
             reservation_id=task.reservation_id,
         )
+
+    async def _followed(self, task_id: str, after: int | None) -> AsyncGenerator[Task | None]:
+        """Follow a task of the present user; when nothing happens for a while, say it if it lacks a worker."""
+        said: Task | None = None
+        async with aclosing(self._watches.follow(task_id, context.user(), after=after)) as tasks:
+            async for task in tasks:
+                present = task or said
+                news = None if present is None else self._shown(present)
+                yield None if task is None and news == said else news
+                said = news
+
+    def _shown(self, task: Task) -> Task:
+        """Return a task as people see it: one that waits tells of a pool without workers."""
+        if task.state is not State.QUEUED:
+            return task
+        return replace(task, progress=UNSERVED if self._is_unserved(task.pool) else WAITING)
 
     async def _own(self, task_id: str) -> Task:
         return domain.require_found(await self._tasks.find(task_id), task_id, context.user().user_id)

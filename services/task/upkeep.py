@@ -23,6 +23,7 @@ from services.task.domain import Tasks, Terms
 AT_ONCE = 100  # lapsed leases, late tasks or permits in one round, so that a round stays short
 REAP_SECONDS = 1.0
 REPLENISH_SECONDS = 2.0
+LOOK_SECONDS = 5.0
 FORGET_SECONDS = 600.0
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class Permits(Protocol):
     """The queues that hold permits."""
 
     async def depth(self, queue: str) -> int: ...
+
+    async def consumers(self, queue: str) -> int: ...
 
     async def publish(self, message: Message) -> None: ...
 
@@ -43,6 +46,7 @@ class Upkeep:
         tasks: where tasks are kept.
         permits: where permits wait.
         terms: returns what workers are promised now.
+        absence: how long tasks may be due without any worker before that is an alarm.
         permit_grace: what the outbox and a free worker need with a fresh task's own permit.
         monotonic: seconds; for the rest after the start.
     """
@@ -53,6 +57,7 @@ class Upkeep:
         permits: Permits,
         terms: Callable[[], Terms],
         *,
+        absence: timedelta = timedelta(seconds=60),
         permit_grace: timedelta = timedelta(seconds=2),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -60,7 +65,10 @@ class Upkeep:
         self._permits = permits
         self._terms = terms
         self._permit_grace = permit_grace
+        self._absence = absence
         self._monotonic = monotonic
+        self._missing_since: float | None = None
+        self._unserved = False
         # While no replica ran, no worker could renew: each gets one lease to say that it lives.
         self._reap_from = monotonic() + (terms().lease + terms().slack).total_seconds()
 
@@ -70,8 +78,36 @@ class Upkeep:
             every(REAP_SECONDS, self.reap),
             every(REAP_SECONDS, self.end_late),
             every(REPLENISH_SECONDS, self.replenish),
+            every(LOOK_SECONDS, self.look_for_workers),
             every(FORGET_SECONDS, self._tasks.forget),
         ]
+
+    def is_unserved(self, pool: str) -> bool:
+        """Tell whether a pool has had due tasks and no worker for too long."""
+        return self._unserved and pool == domain.POOL
+
+    def degraded(self) -> str:
+        """Return what operators should know of this service; empty when all is well."""
+        return f"No worker serves the pool {domain.POOL}; tasks wait." if self._unserved else ""
+
+    async def look_for_workers(self) -> None:
+        """Raise the alarm when tasks have been due without a worker, whoever takes permits, or end it."""
+        due = await self._tasks.overdue(domain.POOL, timedelta(0))
+        try:
+            missing = bool(due) and not await self._permits.consumers(convert.queue(domain.POOL))
+        except Unavailable:
+            return  # without the broker nobody can tell: what was known stays
+        if not missing:
+            self._missing_since = None
+        elif self._missing_since is None:
+            self._missing_since = self._monotonic()
+        absent_seconds = 0.0 if self._missing_since is None else self._monotonic() - self._missing_since
+        unserved = missing and absent_seconds >= self._absence.total_seconds()
+        if unserved and not self._unserved:
+            log.error("no worker serves the pool", extra={"pool": domain.POOL, "due": due})
+        elif self._unserved and not unserved:
+            log.info("workers serve the pool again", extra={"pool": domain.POOL})
+        self._unserved = unserved
 
     async def reap(self) -> None:
         """Take tasks whose lease has lapsed from their workers."""

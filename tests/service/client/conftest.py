@@ -173,6 +173,7 @@ class Installation(
             instance_id="task-1", address="127.0.0.1:9000", version="0.1.0", check_output="connection refused",
             health=topology_pb2.Instance.HEALTH_CRITICAL, agent="here", process="7",
             settings='{"attempts": 3, "log_level": "INFO"}', settings_refusal="attempts: too many",
+            degradation="No worker serves the pool cpu; tasks wait.",
         )  # fmt: skip
         held = topology_pb2.Resource(name="task", acknowledged_version="v1", present_version="v2")
         followed = topology_pb2.Subscription(type="ClusterLoadAssignment", acknowledged_version="a", resources=[held])

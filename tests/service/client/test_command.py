@@ -330,6 +330,7 @@ async def test_the_mesh_is_shown_to_people_and_to_programs(person: Person) -> No
 
     assert "critical" in status.decode()
     assert "task (1)" in status.decode()
+    assert "Degraded: task-1. No worker serves" in status.decode()
     assert "A fault is injected into task" in status.decode()
     assert "control-2" in status.decode()
     (endpoint,) = [line.split() for line in why.decode().splitlines() if line.startswith("task-1")]

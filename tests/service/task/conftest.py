@@ -19,13 +19,14 @@ from atelier.task.v1.task_pb2_grpc import TaskServiceStub, add_TaskServiceServic
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 
 from mesh import database, migrations, wire
-from mesh.errors import MeshError, NotFound, ResourceExhausted
+from mesh.errors import MeshError, NotFound, ResourceExhausted, Unavailable
 from mesh.outbox import Message
 from services.task import convert
 from services.task.domain import Terms
 from services.task.handlers import TaskService
 from services.task.repository import SqlTasks
 from services.task.tables import outbox_table
+from services.task.upkeep import Upkeep
 from services.task.watch import Watches
 from tests.eventually import eventually
 from tests.held_clock import HeldClock
@@ -84,6 +85,7 @@ class Bus:
 
     def __init__(self) -> None:
         self.away = False
+        self.workers = 1
         self.waiting: list[Message] = []
         self._listeners: list[asyncio.Queue[bytes]] = []
 
@@ -99,6 +101,11 @@ class Bus:
 
     async def depth(self, queue: str) -> int:
         return sum(message.routing_key == queue for message in self.waiting)
+
+    async def consumers(self, _queue: str) -> int:
+        if self.away:
+            raise Unavailable("away")
+        return self.workers
 
     async def publish(self, message: Message) -> None:
         self.waiting.append(message)
@@ -152,6 +159,9 @@ class Replica:
     watches: Watches
     database: database.Database
     clock: HeldClock
+    upkeep: Upkeep
+    uptime: list[float]
+    """Seconds that upkeep believes to have passed, held by the test."""
 
     def user(self, user_id: str = OWNER, **metadata: str) -> Any:
         return TaskServiceStub(
@@ -259,7 +269,8 @@ def _replica(
                 partial(user_pb2_grpc.add_UserServiceServicer_to_server, users),
             ) as peers,
         ):
-            clock, tasks = HeldClock(), Interrupted(sql, convert.message_of)
+            clock, tasks, uptime = HeldClock(), Interrupted(sql, convert.message_of), [0.0]
+            upkeep = Upkeep(tasks, bus, lambda: terms, monotonic=lambda: uptime[0])
             watches = Watches(tasks, clock, idle_seconds=idle_seconds)
             tasks.after_commit(watches.changed)
             peer = peers.channel(caller="task")
@@ -270,11 +281,12 @@ def _replica(
                 user_pb2_grpc.UserServiceStub(peer),
                 capability_key=KEY,
                 terms=lambda: terms,
+                is_unserved=upkeep.is_unserved,
                 clock=clock,
             )
             work = [asyncio.create_task(each()) for each in watches.work(bus)]
             async with serving(partial(add_TaskServiceServicer_to_server, servicer)) as server:
-                yield Replica(server, tasks, watches, sql, clock)
+                yield Replica(server, tasks, watches, sql, clock, upkeep, uptime)
             for each in work:
                 each.cancel()
             await asyncio.gather(*work, return_exceptions=True)

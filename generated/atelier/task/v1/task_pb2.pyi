@@ -74,7 +74,9 @@ class Task(_message.Message):
         fraction: _builtins.float
         """0..1."""
         stage: _builtins.str
-        """`queued`, `download`, `decode`, `process`, `upload` or `done`."""
+        """`queued`, `waiting for a worker` (nobody serves the pool; operators know), `download`, `decode`, `process`,
+        `upload` or `done`.
+        """
         def __init__(
             self,
             *,
