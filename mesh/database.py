@@ -16,7 +16,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import BigInteger, Dialect, Table, event, literal_column, make_url, select, text
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Dialect,
+    Table,
+    delete,
+    event,
+    literal_column,
+    make_url,
+    select,
+    text,
+    tuple_,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoFreeConnection
@@ -163,6 +175,17 @@ async def insert_if_absent(connection: AsyncConnection, table: Table, values: Ma
     else:
         result = await connection.execute(sqlite.insert(table).values(values).on_conflict_do_nothing())
     return result.rowcount == 1
+
+
+async def delete_some(connection: AsyncConnection, table: Table, old: ColumnElement[bool], *, at_most: int) -> bool:
+    """Delete rows for which `old` holds, up to `at_most`; return whether more may be left.
+
+    One statement that deletes everything would hold up all who write until it is done. Several replicas may delete at
+    once: each row goes once.
+    """
+    key = tuple_(*table.primary_key.columns)
+    some = select(*table.primary_key.columns).where(old).limit(at_most)
+    return (await connection.execute(delete(table).where(key.in_(some)))).rowcount == at_most
 
 
 @asynccontextmanager

@@ -143,9 +143,11 @@ class SqlFiles:
             yield await _one(connection, file.c.sha256 == sha256) is None
 
     async def forget(self) -> None:
-        async with self._database.transaction() as connection:
-            await idempotency.forget(connection, idempotency_table)
-            await inbox.forget(connection, inbox_table, EVENTS_KEPT)
+        more = True
+        while more:
+            async with self._database.transaction() as connection:
+                keys = await idempotency.forget(connection, idempotency_table)
+                more = await inbox.forget(connection, inbox_table, EVENTS_KEPT) or keys
 
     async def _older(self, age_seconds: float, which: ColumnElement[bool]) -> Sequence[File]:
         async with self._database.reading() as connection:

@@ -265,6 +265,8 @@ class Terms:
     """Before the second attempt; doubles with each further one."""
     longest: timedelta = timedelta(hours=1)
     """How long an attempt may use its files; longer than any operation may take."""
+    kept: timedelta = timedelta(days=30)
+    """How long a task and its history can be read after its end."""
     result_max_bytes: int = 512 * 1024 * 1024  # an uncompressed image of 100 megapixels still fits
 
 
@@ -363,6 +365,9 @@ class Tasks(Protocol):
 
     async def overdue(self, pool: str, waited: timedelta) -> int:
         """Count the tasks of a pool that could have been claimed for at least `waited`."""
+
+    async def cut(self, kept: timedelta, at_most: int) -> int:
+        """Delete tasks that ended longer ago than `kept`, with their events; return how many, `at_most` at a time."""
 
     async def forget(self) -> None:
         """Delete idempotency keys that are too old to be repeated."""

@@ -7,7 +7,21 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, String, TextClause, bindparam, func, insert, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    String,
+    TextClause,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from mesh import idempotency, outbox
@@ -224,8 +238,29 @@ class SqlTasks:
             return (await connection.execute(select(func.count()).where(*due))).scalar_one()
 
     async def forget(self) -> None:
+        more = True
+        while more:
+            async with self._database.transaction() as connection:
+                more = await idempotency.forget(connection, idempotency_table)
+
+    async def cut(self, kept: timedelta, at_most: int) -> int:
         async with self._database.transaction() as connection:
-            await idempotency.forget(connection, idempotency_table)
+            old = (
+                select(task_table.c.task_id, task_table.c.batch_id)
+                .where(task_table.c.end_time < await now(connection) - kept)
+                .order_by(task_table.c.end_time)
+                .limit(at_most)
+                .with_for_update(skip_locked=True)
+            )
+            rows = (await connection.execute(old)).all()
+            task_ids, batch_ids = [row.task_id for row in rows], {row.batch_id for row in rows if row.batch_id}
+            if task_ids:
+                await connection.execute(delete(event_table).where(event_table.c.task_id.in_(task_ids)))
+                await connection.execute(delete(task_table).where(task_table.c.task_id.in_(task_ids)))
+            if batch_ids:
+                members = exists().where(task_table.c.batch_id == batch_table.c.batch_id)
+                await connection.execute(delete(batch_table).where(batch_table.c.batch_id.in_(batch_ids), ~members))
+        return len(task_ids)
 
     def _committed(self, task_id: str) -> None:
         for listener in self._listeners:
@@ -274,6 +309,7 @@ async def _batch(connection: AsyncConnection, batch_id: str) -> Batch | None:
         state = State(name)
         states[state] = count
         done += count if state.ended else fractions
+    done += row.size - sum(states.values())  # those that ended so long ago that they are not kept
     return Batch(batch_id, row.user_id, row.create_time, row.size, states, done / row.size)
 
 

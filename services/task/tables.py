@@ -92,6 +92,12 @@ Index(
 )
 
 Index(
+    "task_ended",
+    task.c.end_time,
+    sqlite_where=text("end_time IS NOT NULL"),
+    postgresql_where=text("end_time IS NOT NULL"),
+)
+Index(
     "task_dead_letters",
     task.c.dead_time,
     task.c.task_id,

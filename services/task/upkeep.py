@@ -25,6 +25,7 @@ REAP_SECONDS = 1.0
 REPLENISH_SECONDS = 2.0
 LOOK_SECONDS = 5.0
 FORGET_SECONDS = 600.0
+CUT_AT_ONCE = 500  # tasks in one transaction, so that nobody who writes waits long for it
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class Upkeep:
             every(REPLENISH_SECONDS, self.replenish),
             every(LOOK_SECONDS, self.look_for_workers),
             every(FORGET_SECONDS, self._tasks.forget),
+            every(FORGET_SECONDS, self.cut),
         ]
 
     def is_unserved(self, pool: str) -> bool:
@@ -126,6 +128,11 @@ class Upkeep:
             for task_id in late:
                 await self._tasks.change(task_id, domain.overran)
             full = len(late) == AT_ONCE
+
+    async def cut(self) -> None:
+        """Delete the tasks that ended longer ago than they are kept."""
+        while await self._tasks.cut(self._terms().kept, CUT_AT_ONCE) == CUT_AT_ONCE:
+            pass  # each step lets those who wait write before the next
 
     async def replenish(self) -> None:
         """Publish a permit for every due task that has waited and for which the broker holds none.

@@ -116,9 +116,11 @@ class SqlAccounts:
             await connection.execute(delete(ended_generation).where(ended_generation.c.generation_id == generation_id))
 
     async def forget(self) -> None:
-        async with self._database.transaction() as connection:
-            await idempotency.forget(connection, idempotency_table)
-            await inbox.forget(connection, inbox_table, REDELIVERED_WITHIN)
+        more = True
+        while more:
+            async with self._database.transaction() as connection:
+                keys = await idempotency.forget(connection, idempotency_table)
+                more = await inbox.forget(connection, inbox_table, REDELIVERED_WITHIN) or keys
 
 
 class SqlQuotas:

@@ -95,6 +95,7 @@ async def test_every_search_of_many_tasks_uses_an_index(replica: Replica):
         f"SELECT * FROM task WHERE user_id = '{OWNER}' AND batch_id = 'bat_1'"
         " ORDER BY create_time DESC, task_id DESC": "task_by_batch",
         f"SELECT task_id FROM task WHERE {RUNNING} AND lease_time < 1 ORDER BY lease_time": "task_leases",
+        "SELECT task_id FROM task WHERE end_time < 1 ORDER BY end_time": "task_ended",
         "SELECT * FROM task WHERE dead_time IS NOT NULL ORDER BY dead_time, task_id": "task_dead_letters",
         f"SELECT task_id FROM task WHERE {UNENDED} AND deadline_time < 1 ORDER BY deadline_time": "task_deadlines",
     }
