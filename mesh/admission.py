@@ -6,15 +6,17 @@ import asyncio
 import logging
 import math
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mesh import context
+import uuid_utils
+
+from mesh import context, telemetry
 from mesh.context import Request
 from mesh.contract import Method
-from mesh.errors import DeadlineExceeded, Internal, MeshError, PermissionDenied
+from mesh.errors import DeadlineExceeded, Internal, MeshError, PermissionDenied, Unavailable
 from mesh.identity import Verifier
+from mesh.intentions import Intentions
 
 log = logging.getLogger(__name__)
 audit_log = logging.getLogger("atelier.audit")
@@ -30,13 +32,18 @@ class RoleRequired(PermissionDenied):
     reason = "ROLE_REQUIRED"
 
 
+class Draining(Unavailable):
+    reason = "DRAINING"
+
+
 def admit(
     method: Method,
     caller: str,
     metadata: Mapping[str, str],
     verifier: Verifier,
-    seconds: float | None,
+    intentions: Intentions,
     *,
+    seconds: float | None,
     draining: asyncio.Event | None = None,
 ) -> Request:
     """Make the request that `metadata` describes the present one, and return it if the policy of `method` lets it in.
@@ -46,16 +53,17 @@ def admit(
         caller: the service that calls, by its certificate; empty for one of no mesh.
         metadata: metadata or headers, by lower-case key.
         verifier: checks the token.
+        intentions: may take back what the policy allows, and nothing else.
         seconds: what the caller left of its time; None for no limit of its own.
         draining: set when this instance stops; None for a listener whose calls never only wait.
 
     Raises:
-        CallerNotAllowed, RoleRequired, and whatever `Verifier.user` raises.
+        CallerNotAllowed, RoleRequired, and whatever `Intentions.require_allowed` and `Verifier.user` raise.
     """
     request = Request(
         caller=caller,
         user=None,
-        request_id=metadata.get("x-request-id") or str(uuid.uuid4()),
+        request_id=metadata.get("x-request-id") or str(uuid_utils.uuid4()),
         deadline=time.monotonic() + min(method.deadline_seconds, math.inf if seconds is None else seconds),
         metadata=metadata,
         draining=draining or asyncio.Event(),
@@ -66,6 +74,7 @@ def admit(
             f"{request.caller or 'A stranger'} may not call {method.full_name}.",
             metadata={"caller": request.caller, "method": method.full_name},
         )
+    intentions.require_allowed(request.caller)
     if method.access in ("USER", "ADMIN"):
         user = verifier.user(metadata.get("authorization"))
         request = replace(request, user=user)
@@ -91,6 +100,12 @@ def internal(error: Exception, method: Method) -> Internal:
         f"Something went wrong on our side. If it stays, report the request id {request_id}.",
         metadata={"request_id": request_id},
     )
+
+
+def ended(method: Method, failure: MeshError) -> None:
+    """Tell the trace and the audit of a call that ends badly."""
+    telemetry.failed(failure.reason)
+    audit(method, failure)
 
 
 def audit(method: Method, failure: MeshError | None) -> None:

@@ -22,7 +22,6 @@ from typing import Any, Self
 
 import consul.aio
 import grpc
-from consul.callback import CB
 from cryptography import x509
 
 from mesh import discovery
@@ -217,20 +216,14 @@ class _Follower:
     async def run(self, client: consul.aio.Consul) -> None:
         """Follow for ever."""
 
-        def query(path: str) -> Callable[..., Any]:
-            def ask(**parameters: Any) -> Any:
-                found = [(name, value) for name, value in parameters.items() if value is not None]
-                return client.http.get(CB.json(index=True), path, params=found, headers=client.prepare_headers())
-
-            return ask
-
         async def roots() -> None:
-            async for answer in discovery.answers(client, query("/v1/agent/connect/ca/roots")):
+            async for answer in discovery.answers(client, discovery.asking(client, "/v1/agent/connect/ca/roots")):
                 self._roots = joined(root["RootCert"] for root in answer["Roots"] or ())
                 self._take()
 
         async def certificate() -> None:
-            async for answer in discovery.answers(client, query(f"/v1/agent/connect/ca/leaf/{self._service}")):
+            path = f"/v1/agent/connect/ca/leaf/{self._service}"
+            async for answer in discovery.answers(client, discovery.asking(client, path)):
                 self._certificate = answer
                 self._take()
 

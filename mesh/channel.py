@@ -23,9 +23,11 @@ from mesh.errors import DeadlineExceeded, Unavailable
 
 PROVIDER = "mesh"
 """By which the control plane refers to our certificates."""
+AUTHORITY = "mesh"
+"""Of the names by which gRPC's clients ask the control planes for what they need, see `xds_name`."""
 REFRESH_INTERVAL = "2s"  # a look at three small files; roots overlap for days
 
-_OPTIONS = [
+OPTIONS = [
     # Notices a peer that went away without a word; servers permit it (mesh.service).
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -46,11 +48,24 @@ async def opened(service: str, config: ServiceConfig, leaf: Leaf) -> AsyncIterat
 
     Generated async stubs work on it. Their calls raise `mesh.errors` only.
     """
-    os.environ["GRPC_XDS_BOOTSTRAP_CONFIG"] = json.dumps(bootstrap(config, leaf))  # read once, at the first channel
+    os.environ.update(environment(config, leaf))  # read once, at the first channel
     # The control plane says which certificates and which peer; without its word nothing is trusted.
     credentials = grpc.xds_channel_credentials(grpc.ssl_channel_credentials(leaf.present.roots))
-    async with grpc.aio.secure_channel(f"xds:///{service}", credentials, options=_OPTIONS) as channel:
+    async with grpc.aio.secure_channel(f"xds:///{service}", credentials, options=OPTIONS) as channel:
         yield MeshChannel(channel)
+
+
+def environment(config: ServiceConfig, leaf: Leaf) -> dict[str, str]:
+    """Return what gRPC's xDS client must find in the environment of its process."""
+    return {
+        "GRPC_XDS_BOOTSTRAP_CONFIG": json.dumps(bootstrap(config, leaf)),
+        "GRPC_EXPERIMENTAL_XDS_ENDPOINT_FALLBACK": "true",  # obey fallback_on_reachability_only (gRFC A95)
+    }
+
+
+def xds_name(kind: str, name: str) -> str:
+    """Return how the resource `name` of a message type is called by gRPC's clients; plain ones have no authority."""
+    return f"xdstp://{AUTHORITY}/{kind}/{name}"
 
 
 def bootstrap(config: ServiceConfig, leaf: Leaf) -> dict[str, Any]:
@@ -76,6 +91,10 @@ def bootstrap(config: ServiceConfig, leaf: Leaf) -> dict[str, Any]:
         "xds_servers": servers,
         "node": {"id": config.instance, "cluster": config.service, "locality": {"zone": config.zone}},
         "certificate_providers": {PROVIDER: provider},
+        # Otherwise whoever has all he asked for would never turn to the next control plane, and hear of no change while
+        # his own is away. Only names of an authority can be told so.
+        "authorities": {AUTHORITY: {"fallback_on_reachability_only": True}},
+        "client_default_listener_resource_name_template": xds_name("envoy.config.listener.v3.Listener", "%s"),
     }
 
 

@@ -6,23 +6,27 @@ Holds no tables and no queries of any service.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import random
 import sqlite3
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
+    URL,
     BigInteger,
     ColumnElement,
+    Connection,
     Dialect,
     Table,
     delete,
     event,
+    func,
     literal_column,
     make_url,
     select,
@@ -30,11 +34,12 @@ from sqlalchemy import (
     tuple_,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoFreeConnection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.types import TypeDecorator
 
+from mesh import interruption
 from mesh.errors import FailedPrecondition, Unavailable
 
 log = logging.getLogger(__name__)
@@ -42,7 +47,25 @@ log = logging.getLogger(__name__)
 READERS = 4  # SQLite reads from the page cache: more threads than this only compete for the interpreter
 BUSY_TIMEOUT_MS = 5_000  # how long a writer waits for another process's writer
 BUSY_PAUSE_SECONDS = 0.01  # between two looks, where SQLite itself does not wait
-WRITER_WAIT_SECONDS = 10.0  # how long a task waits for its own process's one writer
+WRITER_WAIT_SECONDS = 10.0  # how long a task waits for one of its own process's connections
+
+CONNECTIONS = 5  # to PostgreSQL, of a process, for writing and again for reading: eight processes fit in its usual 100
+POSTGRESQL_TIMEOUTS = {
+    "lock_timeout": "5s",  # as long as SQLite's writers wait for each other
+    # The bounds of what nobody waits for any more: a caller's deadline cancels its statement long before.
+    "statement_timeout": "30s",
+    "idle_in_transaction_session_timeout": "30s",
+}
+# What the URL says wins: `?options=`, say, for a PgBouncer that takes no settings.
+_POSTGRESQL_CONNECTION = {
+    "options": " ".join(f"-c {name}={value}" for name, value in POSTGRESQL_TIMEOUTS.items()),
+    "connect_timeout": 5,
+    # A server that vanished without a word is noticed after about 10 s, also by whoever waits for its answer.
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -90,11 +113,18 @@ class Timestamp(TypeDecorator[datetime]):
 
 
 class Database:
-    """One database: many readers and, with SQLite, one writer a process."""
+    """One database: many readers and, with SQLite, one writer a process.
 
-    def __init__(self, writer: AsyncEngine, readers: AsyncEngine) -> None:
+    With PostgreSQL writers are many, and each statement of one sees what had been committed when that statement began
+    (READ COMMITTED). Whoever looks and then writes must make sure that what was seen still holds: by a condition in
+    the write itself, a unique key, `with_for_update` on the row, or `advisory_lock` where there is no row. SQLite's
+    one writer needs none of it and ignores the locks.
+    """
+
+    def __init__(self, writer: AsyncEngine, readers: AsyncEngine, file: Path | None = None) -> None:
         self._writer = writer
         self._readers = readers
+        self._file = file
 
     def transaction(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open a transaction that may write: committed at the end of the block, rolled back if it raises.
@@ -103,7 +133,7 @@ class Database:
         opening a second one inside the first would wait for itself.
 
         Raises:
-            Unavailable: the database is locked, full, or away.
+            Unavailable: the database is locked, full, or away, or undid the transaction for another's sake.
         """
         return _begun(self._writer)
 
@@ -116,48 +146,72 @@ class Database:
         return _begun(self._readers)
 
     async def check(self) -> None:
-        """Raise Unavailable unless the database answers: a dependency of `mesh.service.serve`."""
+        """Raise Unavailable unless the database answers: a dependency of `mesh.service.serve`.
+
+        A file of SQLite's is asked by a newcomer: who has it open is answered even when it is gone.
+        """
+        if self._file:
+            await asyncio.to_thread(_require_answer, self._file)
         async with self.reading() as connection:
             await connection.execute(text("SELECT 1"))
 
 
 @asynccontextmanager
-async def opened(url: str, *, foreign_keys: bool = True) -> AsyncIterator[Database]:
-    """Open the database at an SQLAlchemy URL such as `sqlite+aiosqlite:////var/lib/atelier/task.db`.
+async def opened(url: str) -> AsyncIterator[Database]:
+    """Open the database at a URL: `sqlite+aiosqlite:////<path>` or `postgresql+psycopg://<user>:<password>@<host>/<name>`.
 
-    A missing SQLite file is made, readable by its owner only. Only migrations do without `foreign_keys`.
-
-    Raises:
-        DatabaseNotSupported: the URL names something other than a SQLite file.
-    """
-    path = sqlite_path(url)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Made here because SQLite would obey the umask; its -wal and -shm files take this file's mode.
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-    await _write_ahead(path)
-
-    writer = _sqlite_engine(url, begin="BEGIN IMMEDIATE", pool_size=1, foreign_keys=foreign_keys)
-    readers = _sqlite_engine(url, begin="BEGIN", pool_size=READERS, query_only=True)
-    try:
-        yield Database(writer, readers)
-    finally:
-        await readers.dispose()
-        await writer.dispose()
-
-
-def sqlite_path(url: str) -> Path:
-    """Return the file that a SQLite URL names.
+    A missing SQLite file is made, readable by its owner only. PostgreSQL is first spoken to when it is needed.
 
     Raises:
         DatabaseNotSupported: the URL names something else.
     """
-    parsed = make_url(url)
-    if parsed.drivername != "sqlite+aiosqlite" or parsed.database in {None, "", ":memory:"}:
-        # The rest of the URL may hold a password.
-        raise DatabaseNotSupported(
-            "A database is a SQLite file for now: sqlite+aiosqlite:///<path>.", metadata={"scheme": parsed.drivername}
-        )
-    return Path(str(parsed.database))
+    async with _opened(url) as database:
+        yield database
+
+
+@asynccontextmanager
+async def migrating(url: str) -> AsyncIterator[AsyncConnection]:
+    """Open the transaction in which tables may change: whoever else wants to change them waits until it ends.
+
+    Raises:
+        DatabaseNotSupported: the URL names something that is no database of ours.
+        Unavailable: the database is locked, full, or away.
+    """
+    # SQLite alters a table by making it anew; with foreign keys enforced, dropping the old one would delete the rows
+    # that point to it.
+    async with _opened(url, foreign_keys=False) as database, database.transaction() as connection:
+        if connection.dialect.name == "postgresql":
+            for name in POSTGRESQL_TIMEOUTS:  # a migration takes its time, and so does whoever waits for it
+                await connection.execute(text(f"SET LOCAL {name} = 0"))
+            await advisory_lock(connection, "migrations")
+            # But it does not stand in line for a table: everybody else would stand behind it.
+            await connection.execute(text(f"SET LOCAL lock_timeout = '{POSTGRESQL_TIMEOUTS['lock_timeout']}'"))
+        yield connection
+        if connection.dialect.name == "sqlite":
+            broken = (await connection.execute(text("PRAGMA foreign_key_check"))).all()
+            if broken:
+                raise RuntimeError(f"the migration leaves {len(broken)} rows without the row they point to")
+
+
+def require_supported(url: str) -> URL:
+    """Return the parts of a database's URL.
+
+    Raises:
+        DatabaseNotSupported: it names neither a SQLite file nor a PostgreSQL database.
+    """
+    with suppress(ArgumentError):
+        parsed = make_url(url)
+        if parsed.drivername == "sqlite+aiosqlite" and parsed.database not in {None, "", ":memory:"}:
+            return parsed
+        if parsed.drivername in {"postgresql", "postgresql+psycopg"} and parsed.database:
+            return parsed.set(drivername="postgresql+psycopg")
+    # The rest of the URL may hold a password.
+    scheme = url.partition(":")[0]
+    raise DatabaseNotSupported(
+        "A database is a SQLite file, sqlite+aiosqlite:////<path>, or PostgreSQL, "
+        "postgresql+psycopg://<user>:<password>@<host>/<name>.",
+        metadata={"scheme": scheme},
+    )
 
 
 async def now(connection: AsyncConnection) -> datetime:
@@ -170,10 +224,9 @@ async def now(connection: AsyncConnection) -> datetime:
 
 async def insert_if_absent(connection: AsyncConnection, table: Table, values: Mapping[str, Any]) -> bool:
     """Insert a row; return False, changing nothing, when one of its unique keys is already there."""
-    if connection.dialect.name == "postgresql":
-        result = await connection.execute(postgresql.insert(table).values(values).on_conflict_do_nothing())
-    else:
-        result = await connection.execute(sqlite.insert(table).values(values).on_conflict_do_nothing())
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    statement = insert(table).values(values).on_conflict_do_nothing()
+    result = await connection.execute(statement, execution_options={"preserve_rowcount": True})
     return result.rowcount == 1
 
 
@@ -186,6 +239,36 @@ async def delete_some(connection: AsyncConnection, table: Table, old: ColumnElem
     key = tuple_(*table.primary_key.columns)
     some = select(*table.primary_key.columns).where(old).limit(at_most)
     return (await connection.execute(delete(table).where(key.in_(some)))).rowcount == at_most
+
+
+async def advisory_lock(connection: AsyncConnection, name: str) -> None:
+    """Hold off all others that lock `name`, until this transaction ends; for what no row stands for.
+
+    Look only afterwards: what was seen before may be old.
+    """
+    if connection.dialect.name == "postgresql":  # SQLite's one writer holds off everybody anyway
+        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
+        await connection.execute(select(func.pg_advisory_xact_lock(number)))
+
+
+@asynccontextmanager
+async def _opened(url: str, *, foreign_keys: bool = True) -> AsyncIterator[Database]:
+    parsed, file = require_supported(url), None
+    if parsed.get_backend_name() == "postgresql":
+        writer, readers = _postgresql_engine(parsed), _postgresql_engine(parsed, read_only=True)
+    else:
+        file = Path(str(parsed.database))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Made here because SQLite would obey the umask; its -wal and -shm files take this file's mode.
+        os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
+        await _write_ahead(file)
+        writer = _sqlite_engine(url, pool_size=1, foreign_keys=foreign_keys)
+        readers = _sqlite_engine(url, pool_size=READERS, query_only=True)
+    try:
+        yield Database(writer, readers, file)
+    finally:
+        await readers.dispose()
+        await writer.dispose()
 
 
 @asynccontextmanager
@@ -201,6 +284,15 @@ async def _begun(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         raise _unavailable(failure.orig) from failure
 
 
+def _require_answer(path: Path) -> None:
+    address = f"{path.absolute().as_uri()}?mode=rw"  # never made anew: an empty one would answer, too
+    try:
+        with closing(sqlite3.connect(address, uri=True, timeout=BUSY_TIMEOUT_MS / 1000)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_schema")
+    except sqlite3.Error as failure:
+        raise _unavailable(failure) from failure
+
+
 def _unavailable(failure: BaseException | None) -> Unavailable:
     """Tell the log what the driver said, and the caller that it may try again."""
     log.warning("database unavailable", extra={"driver_error": str(failure)})
@@ -210,6 +302,8 @@ def _unavailable(failure: BaseException | None) -> Unavailable:
 def _is_outage(failure: DBAPIError) -> bool:
     code = getattr(failure.orig, "sqlite_errorcode", None)
     if code is None:
+        # PostgreSQL's OperationalError is what passes without a change of code (classes 08, 40, 53, 55, 57 and 58 of
+        # its error codes): lost connections, deadlocks, timeouts, no room, no connection free.
         return failure.connection_invalidated or isinstance(failure, OperationalError)
     return code & 0xFF in _SQLITE_OUTAGES  # the low byte is the primary code
 
@@ -234,14 +328,13 @@ async def _write_ahead(path: Path) -> None:
             return
 
 
-def _sqlite_engine(
-    url: str, *, begin: str, pool_size: int, foreign_keys: bool = True, query_only: bool = False
-) -> AsyncEngine:
+def _sqlite_engine(url: str, *, pool_size: int, foreign_keys: bool = True, query_only: bool = False) -> AsyncEngine:
     engine = create_async_engine(
         url,
         # The driver's own BEGIN is deferred and comes late: two read-then-write transactions would then fail "locked"
         # however long they may wait. None leaves transactions to the statement below.
-        connect_args={"isolation_level": None},
+        connect_args={"isolation_level": None, "async_creator_fn": interruption.connect},
+        hide_parameters=True,
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=WRITER_WAIT_SECONDS,
@@ -249,7 +342,7 @@ def _sqlite_engine(
 
     def connected(connection: Any, _record: object) -> None:
         cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS if query_only else interruption.LOOK_MS}")
         cursor.execute("PRAGMA synchronous = FULL")  # WAL's usual NORMAL may lose commits when power fails
         cursor.execute(f"PRAGMA foreign_keys = {foreign_keys:d}")
         if query_only:
@@ -257,5 +350,29 @@ def _sqlite_engine(
         cursor.close()
 
     event.listen(engine.sync_engine, "connect", connected)
-    event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql(begin))
+
+    def begin(connection: Connection) -> None:
+        if query_only:
+            connection.exec_driver_sql("BEGIN")
+        else:
+            interruption.begin_immediate(connection, BUSY_TIMEOUT_MS / 1000)
+
+    event.listen(engine.sync_engine, "begin", begin)
+    return engine
+
+
+def _postgresql_engine(url: URL, *, read_only: bool = False) -> AsyncEngine:
+    engine = create_async_engine(
+        url,
+        connect_args={name: value for name, value in _POSTGRESQL_CONNECTION.items() if name not in url.query},
+        isolation_level="REPEATABLE READ" if read_only else "READ COMMITTED",
+        pool_size=CONNECTIONS,
+        max_overflow=0,
+        pool_timeout=WRITER_WAIT_SECONDS,
+        # A restarted server costs its callers nothing: the connections that it cut are made anew.
+        pool_pre_ping=True,
+        hide_parameters=True,  # of failed statements, in logs: among them are keys and hashes of passwords
+    )
+    if read_only:
+        event.listen(engine.sync_engine, "connect", lambda connection, _record: connection.set_read_only(value=True))
     return engine

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import consul.aio
 from consul import Check, ConsulException
+from consul.callback import CB
 
 from mesh import VERSION
 from mesh.config import ServiceConfig
@@ -66,7 +67,7 @@ async def answers(
         query: takes `index` and `wait`; returns the answer's index and the answer.
         distrust: is told why, when Consul does not answer or has lost its past.
     """
-    index = 0
+    index = last = 0
     pause_seconds = 0.1
     while True:
         try:
@@ -75,18 +76,34 @@ async def answers(
             text, answer = await query(index=index or None, wait=WAIT)
         except FAILURES as error:
             distrust(str(error) or type(error).__name__)
-            index = 0  # a wiped Consul counts from the beginning
+            index = last = 0  # a wiped Consul counts from the beginning
             await asyncio.sleep(pause_seconds * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
             pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
             continue
         pause_seconds = 0.1
-        if int(text) < index:  # a wiped or restored Consul: its index means nothing more
+        if int(text) < last:  # a wiped or restored Consul: its index means nothing more
             distrust("its index went backwards")
+            index = last = 0
+        elif int(text) == index:
+            # Time is up, or Consul was restored: that wakes its waiters with what held before, and would then have them
+            # wait until its new, lower index has come so far.
             index = 0
-            continue
-        if int(text) != index:
-            index = int(text)
+        else:
+            index = last = int(text)
             yield answer
+
+
+def asking(client: consul.aio.Consul, path: str) -> Callable[..., Awaitable[tuple[str, Any]]]:
+    """Return the blocking query, for `answers`, of a path for which the client has no method."""
+
+    def ask(**parameters: Any) -> Awaitable[tuple[str, Any]]:
+        found = [(name, value) for name, value in parameters.items() if value is not None]
+        asked: Awaitable[tuple[str, Any]] = client.http.get(
+            CB.json(index=True), path, params=found, headers=client.prepare_headers()
+        )
+        return asked
+
+    return ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +176,22 @@ def _meta(registration: Registration) -> dict[str, str]:
     return {"version": VERSION, "process": str(os.getpid()), **registration.meta}
 
 
+PASSING = "passing"
+_WORSE = (PASSING, "warning", "critical")
+
+
+def health(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the worst status among the checks of an entry of the registry, and what that check said.
+
+    One without a check of its own, as somebody may have written by hand, is critical: nobody knows whether it is there.
+    """
+    checks = entry.get("Checks") or ()
+    if not any(check.get("ServiceID") == entry["Service"]["ID"] for check in checks):
+        return _WORSE[-1], "it has no check"
+    worst = max(checks, key=lambda check: _WORSE.index(check["Status"]) if check["Status"] in _WORSE else len(_WORSE))
+    return worst["Status"], worst["Output"].strip()
+
+
 class Endpoints:
     """The passing instances of one service; the last good answer stays while the registry is away."""
 
@@ -171,8 +204,9 @@ class Endpoints:
 
     async def follow(self, client: consul.aio.Consul, name: str) -> None:
         """Take over what the registry says of `name`, for ever."""
-        async for nodes in answers(client, partial(client.health.service, name, passing=True)):
-            self._addresses = sorted(f"{each['Service']['Address']}:{each['Service']['Port']}" for each in nodes)
+        async for entries in answers(client, partial(client.health.service, name)):
+            found = [entry["Service"] for entry in entries if health(entry)[0] == PASSING]
+            self._addresses = sorted(f"{each['Address']}:{each['Port']}" for each in found)
 
 
 @asynccontextmanager

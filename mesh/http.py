@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from math import ceil
 
 import uvicorn
 from starlette.applications import Starlette
@@ -24,7 +25,10 @@ from mesh.certificates import Leaf, peer_spiffe_id
 from mesh.contract import Contract, Method
 from mesh.errors import Cancelled, MeshError, NotFound, PayloadTooLarge
 from mesh.identity import Verifier
+from mesh.intentions import Intentions
 
+# Longer than any client of the mesh keeps an idle connection: closed here, it might be in use again over there by then.
+KEEP_ALIVE_SECONDS = 75
 LINGER_BYTES = 256 * 1024 * 1024  # beyond, the connection is closed under the sender's hands
 LINGER_SECONDS = 30.0
 SENDING_PAUSE_SECONDS = 1.0  # of a sender that waits for an answer
@@ -36,46 +40,74 @@ class RouteNotFound(NotFound):
     reason = "ROUTE_NOT_FOUND"
 
 
-def application(endpoints: Mapping[str, Endpoint], verifier: Verifier, rpcs: Contract) -> Starlette:
+def application(
+    endpoints: Mapping[str, Endpoint], verifier: Verifier, intentions: Intentions, rpcs: Contract
+) -> Starlette:
     """Return the ASGI application that serves `endpoints`, which are named by their rpc."""
     routes = []
     for name, endpoint in endpoints.items():
         method = rpcs.methods[name]
         if not method.bytes or method.http is None:
             raise ValueError(f"{name} is not served over HTTP: its policy does not say `bytes`")
-        routes.append(Route(method.http.path, _admitting(endpoint, method, verifier), methods=[method.http.verb]))
+        admitting = _admitting(endpoint, method, verifier, intentions)
+        routes.append(Route(method.http.path, admitting, methods=[method.http.verb]))
     made = Starlette(routes=routes, exception_handlers={404: _no_route, 405: _no_route})
     made.router.redirect_slashes = False  # to an address that only the mesh can reach
     return made
 
 
-def _admitting(endpoint: Endpoint, method: Method, verifier: Verifier) -> Endpoint:
+def _admitting(endpoint: Endpoint, method: Method, verifier: Verifier, intentions: Intentions) -> Endpoint:
     async def serve(request: Request) -> Response:
         metadata = {key.decode("latin-1"): value.decode("latin-1") for key, value in request.headers.raw}
         deadline: asyncio.Timeout | None = None
         failure: MeshError
-        try:
-            with telemetry.server_span(method.full_name, metadata):
-                admitted = admission.admit(method, request.state.caller, metadata, verifier, None)
+        with telemetry.server_span(method.full_name, metadata):
+            try:
+                admitted = admission.admit(method, request.state.caller, metadata, verifier, intentions, seconds=None)
                 async with asyncio.timeout_at(admitted.deadline) as deadline:
-                    response = await endpoint(request)
+                    with _ending(deadline, request.state.gone):
+                        response = await endpoint(request)
+            except asyncio.CancelledError:  # by the listener, whose time to stop is over
+                failure = admission.Draining("This instance stops, and could not wait for the end of the request.")
+            except ClientDisconnect:
+                failure = _gone()
+            except MeshError as error:
+                failure = error
+            except TimeoutError as error:
+                if deadline is None or not deadline.expired():
+                    failure = admission.internal(error, method)
+                else:
+                    failure = _gone() if request.state.gone.done() else admission.late(method)
+            except Exception as error:  # noqa: BLE001 - the last stop before the wire
+                failure = admission.internal(error, method)
+            else:
                 admission.audit(method, None)
                 return response
-        except ClientDisconnect:
-            failure = Cancelled("The caller went away before the end of its request.")
-        except MeshError as error:
-            failure = error
-        except TimeoutError as error:
-            ran_out = deadline is not None and deadline.expired()
-            failure = admission.late(method) if ran_out else admission.internal(error, method)
-        except Exception as error:  # noqa: BLE001 - the last stop before the wire
-            failure = admission.internal(error, method)
-        admission.audit(method, failure)
+            admission.ended(method, failure)
         if isinstance(failure, PayloadTooLarge):
             await _linger(request)
         return refusal(failure)
 
     return serve
+
+
+@contextlib.contextmanager
+def _ending(deadline: asyncio.Timeout, gone: asyncio.Future[None]) -> Iterator[None]:
+    """Have the deadline come at once when the caller goes away: nothing else tells who does not read just then."""
+
+    def end(_: object) -> None:
+        if not deadline.expired():
+            deadline.reschedule(0)
+
+    gone.add_done_callback(end)
+    try:
+        yield
+    finally:
+        gone.remove_done_callback(end)
+
+
+def _gone() -> Cancelled:
+    return Cancelled("The caller went away before the end of its request.")
 
 
 async def _linger(request: Request) -> None:
@@ -114,25 +146,36 @@ class _Server(uvicorn.Server):
 
 def _protocol(leaf: Leaf) -> type[H11Protocol]:
     class NamingItsPeer(H11Protocol):
-        """Tells each request of a connection, as `request.state.caller`, which service sent it."""
+        """Tells each request, in `request.state`, which service is its `caller`, and when that is `gone`."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
             caller = leaf.service_of(peer_spiffe_id(transport.get_extra_info("ssl_object")))
-            self.app_state = {**self.app_state, "caller": caller}
+            self._gone: asyncio.Future[None] = self.loop.create_future()
+            self.app_state = {**self.app_state, "caller": caller, "gone": self._gone}
             super().connection_made(transport)
+
+        def handle_events(self) -> None:
+            super().handle_events()
+            if self.cycle is not None and not self.cycle.more_body:
+                self.flow.resume_reading()  # stopped at a full buffer: whoever does not read hears of no end
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._gone.set_result(None)
+            super().connection_lost(exc)
 
     return NamingItsPeer
 
 
 class _Config(uvicorn.Config):
-    def __init__(self, application: Starlette, leaf: Leaf) -> None:
+    def __init__(self, application: Starlette, leaf: Leaf, drain_seconds: float) -> None:
         super().__init__(
             application,
             http=_protocol(leaf),
             log_config=None,
             access_log=False,
             lifespan="off",
-            timeout_graceful_shutdown=10,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=ceil(drain_seconds),  # it takes whole ones
         )
         self._leaf = leaf
 
@@ -144,24 +187,26 @@ class _Config(uvicorn.Config):
 class Listener:
     """An HTTP server, for services of the mesh, on a port that is bound at once."""
 
-    def __init__(self, application: Starlette, host: str, port: int, leaf: Leaf) -> None:
+    def __init__(self, application: Starlette, host: str, port: int, leaf: Leaf, drain_seconds: float) -> None:
         self._socket = socket.create_server((host, port), backlog=1024)
         self.port: int = self._socket.getsockname()[1]
-        self._server = _Server(_Config(application, leaf))
+        self._server = _Server(_Config(application, leaf, drain_seconds))
 
     async def run(self) -> None:
         """Serve until `stop`."""
         await self._server.serve(sockets=[self._socket])
 
     def stop(self) -> None:
-        """Accept nothing more; `run` returns when what is under way has ended, at most 10 s later."""
+        """Accept nothing more; `run` returns when what is under way has ended, at most `drain_seconds` later."""
         self._server.should_exit = True
 
 
 @asynccontextmanager
-async def listening(application: Starlette, host: str, port: int, leaf: Leaf) -> AsyncIterator[int]:
+async def listening(
+    application: Starlette, host: str, port: int, leaf: Leaf, drain_seconds: float
+) -> AsyncIterator[int]:
     """Hold an HTTP server; yield its port. At the end it accepts nothing more and finishes what is under way."""
-    listener = Listener(application, host, port, leaf)
+    listener = Listener(application, host, port, leaf, drain_seconds)
     running = asyncio.create_task(listener.run())
     try:
         yield listener.port

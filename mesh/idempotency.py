@@ -58,23 +58,22 @@ async def adopt(
     Raises:
         IdempotencyKeyReused: the key was used for a request with another fingerprint.
     """
-    fresh = await insert_if_absent(
-        connection,
-        table,
-        {
-            "caller": caller,
-            "method": method,
-            "key": key,
-            "fingerprint": fingerprint,
-            "resource_id": new_id,
-            "create_time": await now(connection),
-        },
-    )
-    if fresh:
-        return new_id, True
-
+    row = {
+        "caller": caller,
+        "method": method,
+        "key": key,
+        "fingerprint": fingerprint,
+        "resource_id": new_id,
+        "create_time": await now(connection),
+    }
     mine = (table.c.caller == caller) & (table.c.method == method) & (table.c.key == key)
-    first = (await connection.execute(select(table.c.resource_id, table.c.fingerprint).where(mine))).one()
+    # Locked, the key goes on standing for its resource while this transaction lasts.
+    found = select(table.c.resource_id, table.c.fingerprint).where(mine).with_for_update()
+    first = None
+    while first is None:  # with several writers the row that was in the way may be gone by the time it is read
+        if await insert_if_absent(connection, table, row):
+            return new_id, True
+        first = (await connection.execute(found)).one_or_none()
     if first.fingerprint != fingerprint:
         raise IdempotencyKeyReused(
             f"The request id {key} was used for another request. Use a new one for a new request.",

@@ -23,7 +23,7 @@ from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, MetaData, text
+from sqlalchemy import Connection, MetaData
 
 from mesh import database
 from mesh.errors import FailedPrecondition, MeshError
@@ -91,21 +91,16 @@ async def upgrade(service: str, url: str, *, services: Path = SERVICES) -> tuple
         with EnvironmentContext(Config(), script, fn=steps) as environment:
             environment.configure(connection=connection, render_as_batch=True)
             environment.run_migrations()
-        broken = connection.execute(text("PRAGMA foreign_key_check")).all()
-        if broken:
-            raise RuntimeError(f"the migration leaves {len(broken)} rows without the row they point to")
         return before
 
-    # SQLite alters a table by making it anew; with foreign keys enforced, dropping the old one would delete the rows
-    # that point to it.
-    async with database.opened(url, foreign_keys=False) as opened, opened.transaction() as connection:
+    async with database.migrating(url) as connection:
         before = await connection.run_sync(migrated)
     return before, head
 
 
-async def differences(service: str) -> list[Any]:
-    """Return what the tables in the code have and the migrations do not make, or the reverse."""
-    found: list[Any] = await _compared(service, autogenerate.compare_metadata)
+async def differences(service: str, url: str) -> list[Any]:
+    """Return what the tables in the code have and the migrations do not make in the empty database at `url`."""
+    found: list[Any] = await _compared(service, url, autogenerate.compare_metadata)
     return found
 
 
@@ -116,7 +111,9 @@ async def revise(service: str, message: str) -> Path:
     script = _script(folder)
     previous = script.get_current_head()
     revision = f"{int(previous or 0) + 1:04d}"
-    operations = await _compared(service, autogenerate.produce_migrations)
+    with tempfile.TemporaryDirectory() as scratch:
+        url = f"sqlite+aiosqlite:///{scratch}/migrated.db"
+        operations = await _compared(service, url, autogenerate.produce_migrations)
     if operations.upgrade_ops.is_empty():
         raise NothingToMigrate(f"The migrations of {service} make its tables already.", metadata={"service": service})
     body = autogenerate.render_python_code(operations.upgrade_ops, render_as_batch=True, render_item=_plain_types)
@@ -133,18 +130,16 @@ async def revise(service: str, message: str) -> Path:
     return path
 
 
-async def _compared(service: str, compare: Any) -> Any:
+async def _compared(service: str, url: str, compare: Any) -> Any:
     metadata: MetaData = importlib.import_module(f"services.{service}.tables").metadata
-    with tempfile.TemporaryDirectory() as folder:
-        url = f"sqlite+aiosqlite:///{folder}/migrated.db"
-        if _script(SERVICES / service / "migrations").get_current_head() is not None:
-            await upgrade(service, url)
+    if _script(SERVICES / service / "migrations").get_current_head() is not None:
+        await upgrade(service, url)
 
-        def compared(connection: Connection) -> Any:
-            return compare(MigrationContext.configure(connection), metadata)
+    def compared(connection: Connection) -> Any:
+        return compare(MigrationContext.configure(connection), metadata)
 
-        async with database.opened(url) as opened, opened.transaction() as connection:
-            return await connection.run_sync(compared)
+    async with database.opened(url) as opened, opened.transaction() as connection:
+        return await connection.run_sync(compared)
 
 
 def _script(folder: Path) -> ScriptDirectory:
@@ -180,7 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{variable} is not set")
         before, after = asyncio.run(upgrade(options.service, os.environ[variable]))
     except MeshError as refusal:
-        sys.stderr.write(f"{options.service}: {refusal.message}\n")
+        said = str(getattr(refusal.__cause__, "orig", "")).replace("\n", " ")  # whoever runs this may know the driver's
+        sys.stderr.write(f"{options.service}: {refusal.message}{f' It says: {said}' if said else ''}\n")
         return 1
     _say(f"{options.service}: " + (f"already at {after}" if before == after else f"{before or 'new'} → {after}"))
     return 0

@@ -1,6 +1,9 @@
 """Messages that leave with a transaction: rows of the caller's commit, published afterwards by a relay.
 
 Delivery is at least once: a crash between the broker's confirm and the row's deletion publishes it again.
+
+The order of a subject is the order in which its rows went in, if transactions that add to one subject exclude each
+other: by a lock on what the subject is, held before `add`.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh.database import Database, Timestamp, now
+from mesh.database import Database, Timestamp, advisory_lock, now
 from mesh.errors import Unavailable
 
 log = logging.getLogger(__name__)
@@ -191,6 +194,9 @@ class Relay:
     async def _claim(self) -> tuple[Mapping[int, Message], datetime]:
         rows, earlier = self._table, self._table.alias("earlier")
         async with self._database.transaction() as connection:
+            # One claims at a time. Locking rows (SKIP LOCKED) would not do: what another is about to claim would not be
+            # seen as being sent, and a later row of its subject would overtake it.
+            await advisory_lock(connection, self._table.name)
             time = await now(connection)
             being_sent = exists().where(
                 earlier.c.subject == rows.c.subject,

@@ -28,7 +28,11 @@ _READ, _WRITE = {"policy": "read"}, {"policy": "write"}
 _MORE: Mapping[str, Mapping[str, Any]] = {
     "control": {"service_prefix": {"": _READ}, "key_prefix": {"faults/": _READ}},
     # No service: whoever looks after the installation sees everything, and turns what is meant to be turned.
-    "operator": {"service_prefix": {"": _READ}, "key_prefix": {"config/": _WRITE, "faults/": _WRITE}},
+    "operator": {
+        "service_prefix": {"": {**_READ, "intentions": "write"}},
+        "key_prefix": {"config/": _WRITE, "faults/": _WRITE, "locks/": _READ},
+        "session_prefix": {"": _READ},
+    },
 }
 
 log = logging.getLogger(__name__)
@@ -41,7 +45,7 @@ class Config(ServiceConfig):
 
 
 def rules(service: str, contracts: Contract) -> dict[str, Any]:
-    """Return what a service's token may do: be that service, and read what it needs.
+    """Return what a service's token may do: be that service, read what it needs, and hold its own locks.
 
     Who may write a service in the registry may also have its certificate.
     """
@@ -53,6 +57,8 @@ def rules(service: str, contracts: Contract) -> dict[str, Any]:
         "service": {name: {"policy": policy} for name, policy in sorted(services.items())},
         "node_prefix": {"": {"policy": "read"}},
         "key": {f"config/{service}": {"policy": "read"}},
+        "key_prefix": {f"locks/{service}/": _WRITE},
+        "session_prefix": {"": _WRITE},  # by node, and a service may run on any
         **_MORE.get(service, {}),
     }
 

@@ -6,11 +6,14 @@ Every rpc passes, outside in: telemetry, errors, deadline, identity and policy, 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from functools import partial
+from math import ceil
 from typing import Any
 
 import grpc
@@ -25,20 +28,28 @@ from mesh.config import ServiceConfig
 from mesh.context import Request
 from mesh.contract import Contract, Method
 from mesh.discovery import Registration
-from mesh.errors import Cancelled, InvalidArgument, MeshError, Unauthenticated, Unavailable
+from mesh.errors import Cancelled, InvalidArgument, MeshError, PermissionDenied, Unauthenticated, Unavailable
 from mesh.identity import IdentityFeed, RemoteIdentityFeed, Verifier
+from mesh.intentions import Intentions
 from mesh.live import Live
+from mesh.ports import Ports
 
-Register = Callable[[grpc.aio.Server], None]
+Register = Callable[[Any], None]
+"""Generated code that adds a servicer's handlers to what it is given."""
 Dependency = Callable[[], Awaitable[object]]
 Background = Callable[[], Awaitable[None]]
+_Call = grpc.aio.ServicerContext[Any, Any]
+_Handler = Callable[[Any, _Call], Awaitable[Any]]
+_Read = Callable[[bytes], Any]
 
 HEALTH_PERIOD_SECONDS = 1.0
-DEPENDENCY_SECONDS = 2.0  # longer, and the dependency counts as away
+DEPENDENCY_SECONDS = 2.0  # no answer for so long twice in a row, and the dependency counts as away
 PROPAGATION_SECONDS = 1.0  # from deregistration until every client has heard of it
+STOP_SECONDS = 3.0  # beside the draining of two listeners: deregistration, propagation, closing what is open
 OPTIONS = [
     ("grpc.so_reuseport", 0),  # two instances on one port would be a mistake, not a feature
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients ping every 30 s (mesh.channel)
+    # Clients ping every 30 s (mesh.channel), and Envoy asks a control plane every 10 s whether it is alive.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # Above the 60 KiB that the edge lets in, cookies of other pages among them: gRPC's 8 KiB would be refused as 429.
     ("grpc.max_metadata_size", 80 * 1024),
@@ -56,22 +67,21 @@ class RequestMalformed(InvalidArgument):
     reason = "REQUEST_MALFORMED"
 
 
-class Draining(Unavailable):
-    reason = "DRAINING"
+class Admission(grpc.GenericRpcHandler):
+    """Takes the handlers of servicers, as a server would, and wraps each in everything that the contract asks of it.
 
-
-class Admission(grpc.aio.ServerInterceptor):
-    """Wraps each handler, once, in everything that the contract asks of it.
+    Not an interceptor, and to the server one handler of all: for every call grpc.aio would walk through interceptors,
+    and look at each rpc that is registered with it.
 
     Args:
         verifier: of people's tokens.
+        intentions: what operators take from what the policies allow.
         rpcs: the policies.
         leaf: our certificate; callers must be of the same mesh.
-        beside: full names of rpcs that are no contract of ours and admit callers themselves.
     """
 
-    def __init__(self, verifier: Verifier, rpcs: Contract, leaf: Leaf, beside: Collection[str] = ()) -> None:
-        self._beside = beside
+    def __init__(self, verifier: Verifier, intentions: Intentions, rpcs: Contract, leaf: Leaf) -> None:
+        self._intentions = intentions
         self._verifier = verifier
         self._leaf = leaf
         self._rpcs = rpcs
@@ -79,6 +89,20 @@ class Admission(grpc.aio.ServerInterceptor):
         self._streams: dict[asyncio.Timeout, Request] = {}
         self._draining = asyncio.Event()
         verifier.on_revocation = self.end_revoked_streams
+        intentions.on_change = self.end_denied_streams
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """Take a servicer's handlers from generated code; one without a policy is nobody's to call."""
+        for name, handler in handlers.items():
+            method = self._rpcs.methods.get(f"/{service}/{name}")
+            if method is not None:
+                self._handlers[method.full_name] = self._wrapped(handler, method)
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Take nothing: generated code says here once more what it says above."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        return self._handlers.get(handler_call_details.method)
 
     def end_streams(self) -> None:
         """End every open stream with UNAVAILABLE: some last for hours, and their clients resume elsewhere.
@@ -87,7 +111,7 @@ class Admission(grpc.aio.ServerInterceptor):
         """
         self._draining.set()
         for deadline, request in self._streams.items():
-            _end(deadline, request, Draining("This instance stops; resume at another."))
+            _end(deadline, request, admission.Draining("This instance stops; resume at another."))
 
     def end_revoked_streams(self) -> None:
         """End the open streams of people whose token has been revoked since they began."""
@@ -98,16 +122,13 @@ class Admission(grpc.aio.ServerInterceptor):
                 except Unauthenticated as error:
                     _end(deadline, request, error)
 
-    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        name = handler_call_details.method
-        wrapped = self._handlers.get(name)
-        if wrapped is None:
-            handler = await continuation(handler_call_details)
-            method = self._rpcs.methods.get(name)
-            if handler is None or method is None:
-                return handler if name in self._beside else None  # without a policy it is nobody's to call
-            wrapped = self._handlers[name] = self._wrapped(handler, method)
-        return wrapped
+    def end_denied_streams(self) -> None:
+        """End the open streams of services that may not call any more."""
+        for deadline, request in self._streams.items():
+            try:
+                self._intentions.require_allowed(request.caller)
+            except PermissionDenied as error:
+                _end(deadline, request, error)
 
     def _wrapped(self, handler: Any, method: Method) -> grpc.RpcMethodHandler[Any, Any]:
         if handler.unary_unary:
@@ -124,72 +145,83 @@ class Admission(grpc.aio.ServerInterceptor):
             )
         raise TypeError(f"{method.full_name}: requests that stream are served over HTTP")
 
-    # Requests are read here and not by gRPC, which would tell the caller of Python's exceptions.
-    def _unary(self, inner: Any, method: Method, read: Callable[[bytes], Any]) -> Any:
-        async def serve_unary(body: bytes, call: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            async with self._served(method, body, read, call) as message:
-                return await inner(message, call)
+    def _unary(self, inner: _Handler, method: Method, read: _Read) -> _Handler:
+        async def serve_unary(body: bytes, call: _Call) -> Any:
+            return await self._serve(method, body, read, call, inner)
 
         return serve_unary
 
-    def _stream(self, inner: Any, method: Method, read: Callable[[bytes], Any]) -> Any:
+    def _stream(
+        self, inner: Callable[[Any, _Call], AsyncGenerator[Any, None]], method: Method, read: _Read
+    ) -> _Handler:
         # Writes instead of yielding: what ends it while its reader is slow is then raised here, not in grpc.
-        async def serve_stream(body: bytes, call: grpc.aio.ServicerContext[Any, Any]) -> None:
-            async with self._served(method, body, read, call) as message, aclosing(inner(message, call)) as responses:
+        async def write_all(message: Any, call: _Call) -> None:
+            async with aclosing(inner(message, call)) as responses:
                 async for response in responses:
                     try:
                         await call.write(response)
                     except grpc.aio.InternalError:
                         raise asyncio.CancelledError from None  # nobody reads on; gRPC is about to say the same
 
+        async def serve_stream(body: bytes, call: _Call) -> None:
+            await self._serve(method, body, read, call, write_all)
+
         return serve_stream
 
-    @asynccontextmanager
-    async def _served(
-        self, method: Method, body: bytes, read: Callable[[bytes], Any], call: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[Any]:
-        """Hold one call: let it in, end it in time, and tell its failure to the caller, the log and the audit.
+    # Requests are read here and not by gRPC, which would tell the caller of Python's exceptions.
+    async def _serve(self, method: Method, body: bytes, read: _Read, call: _Call, handler: _Handler) -> Any:
+        """Serve one call: let it in, end it in time, and tell its failure to the caller, the log and the audit.
 
-        Yields the request that `read` finds in `body`.
+        Returns what `handler` makes of the request that `read` finds in `body`.
         """
         metadata = {key: value for key, value in call.invocation_metadata() or () if isinstance(value, str)}
         deadline: asyncio.Timeout | None = None
         request: Request | None = None
-        failure: MeshError | None = None
-        try:
-            with telemetry.server_span(method.full_name, metadata):
-                caller = self._leaf.caller(call)
-                left = call.time_remaining()
-                request = admission.admit(method, caller, metadata, self._verifier, left, draining=self._draining)
+        with telemetry.server_span(method.full_name, metadata):
+            try:
+                caller, seconds = self._leaf.caller(call), call.time_remaining()
+                request = admission.admit(
+                    method,
+                    caller,
+                    metadata,
+                    self._verifier,
+                    self._intentions,
+                    seconds=seconds,
+                    draining=self._draining,
+                )
                 message = _read(body, read)
                 _fill_request_id(message, metadata)
                 bounds.check(message)
-                async with asyncio.timeout_at(request.deadline) as deadline:
+                # At the caller's own deadline gRPC cancels the call; a timer costs as much as all the rest here.
+                ours = seconds is None or seconds > method.deadline_seconds
+                async with asyncio.timeout_at(request.deadline if ours else None) as deadline:
                     if method.server_streaming:
                         self._streams[deadline] = request
-                    yield message
-        except MeshError as error:
-            failure = error
-        except asyncio.CancelledError:
-            admission.audit(method, Cancelled("The caller went away."))
-            raise
-        except TimeoutError as error:
-            if deadline is None or request is None or not deadline.expired():
+                    answer = await handler(message, call)
+            except MeshError as error:
+                failure = error
+            except asyncio.CancelledError:
+                admission.ended(method, Cancelled("The caller went away."))
+                raise
+            except TimeoutError as error:
+                if deadline is None or request is None or not deadline.expired():
+                    failure = admission.internal(error, method)
+                else:
+                    failure = request.ended[0] if request.ended else admission.late(method)
+            except Exception as error:  # noqa: BLE001 - the last stop before the wire
                 failure = admission.internal(error, method)
             else:
-                failure = request.ended[0] if request.ended else admission.late(method)
-        except Exception as error:  # noqa: BLE001 - the last stop before the wire
-            failure = admission.internal(error, method)
-        finally:
-            if deadline:
-                self._streams.pop(deadline, None)
-        admission.audit(method, failure)
-        if failure:
-            code, text = status.GRPC_CODES[failure.code_number], status.clipped(failure.message)
-            await call.abort(code, text, status.to_trailers(failure))
+                admission.audit(method, None)
+                return answer
+            finally:
+                if method.server_streaming and deadline:
+                    self._streams.pop(deadline, None)
+            admission.ended(method, failure)
+        code, text = status.GRPC_CODES[failure.code_number], status.clipped(failure.message)
+        return await call.abort(code, text, status.to_trailers(failure))
 
 
-def _read(body: bytes, read: Callable[[bytes], Any]) -> Any:
+def _read(body: bytes, read: _Read) -> Any:
     try:
         return read(body)
     except DecodeError:
@@ -216,11 +248,13 @@ def _fill_request_id(message: Any, metadata: Mapping[str, str]) -> None:
 
 
 def every(seconds: float, step: Callable[[], Awaitable[None]]) -> Background:
-    """Return background work that takes `step`, and again `seconds` after each time it ended."""
+    """Return background work that takes `step`, and again `seconds` after it ended or found something away."""
 
     async def run() -> None:
         while True:
-            await step()
+            # What is away comes back by itself: its absence must not slow the work down, as a crash would.
+            with suppress(Unavailable):
+                await step()
             await asyncio.sleep(seconds)
 
     return run
@@ -241,7 +275,7 @@ async def serve(
     Args:
         config: who it is and where the mesh is.
         leaf: its certificate.
-        register: each adds a servicer to the server.
+        register: each adds a servicer to what it is given.
         dependencies: each raises when what it stands for does not answer; until all do, the service is not SERVING.
         http: endpoints for rpcs whose policy says `bytes`, by full name.
         background: work that never returns; a crash is logged and it is begun again.
@@ -250,11 +284,11 @@ async def serve(
             registration, for people.
     """
     telemetry.configure(config.service, config.instance)
-    stopping = _stop_signal()
-    verifier, rpcs = Verifier(), contract.installed()
-    health = HealthServicer()
+    stopping = stop_signal(config)
+    verifier, intentions, rpcs = Verifier(), Intentions(leaf), contract.installed()
     settings = Live(config)
     works, checks, registrations = [settings.follow, *background], list(dependencies), []
+    ports = Ports(config)
 
     async def tell() -> None:
         settings.meta["degraded"] = degraded() if degraded else ""
@@ -262,70 +296,108 @@ async def serve(
     if degraded:
         works.append(every(HEALTH_PERIOD_SECONDS, tell))
 
-    def found_as(name: str, instance: str, port: int) -> None:
-        registrations.append(Registration(name, instance, config.host, port, health_address, settings.meta))
-
     async with AsyncExitStack() as stack:
         hold = stack.enter_async_context
-        health_address = await hold(_answering_probes(health, config))
+        health, health_address = await hold(answering_probes(config))
+
+        def found_as(name: str, instance: str, port: int) -> None:
+            registrations.append(Registration(name, instance, config.host, port, health_address, settings.meta))
+
         settings.meta["admin"] = await hold(admin.serving())
         if register or http:
             feed = identity or RemoteIdentityFeed(await hold(channel.opened("auth", config, leaf)))
             works.append(lambda: verifier.follow(feed))
-            checks.insert(0, verifier.check)
-        await hold(_working(works, config))
+            works.append(partial(intentions.follow, config))
+            checks[:0] = [intentions.check, verifier.check]
+        await hold(working(works, config))
         if register:
-            port = await hold(_listening(Admission(verifier, rpcs, leaf), register, config, leaf))
+            admitting = Admission(verifier, intentions, rpcs, leaf)
+            address = f"{config.host}:{ports.wanted('grpc', config.port)}"
+            (port,) = await hold(listening(admitting, register, {address: leaf.grpc_server()}, config))
+            ports.keep("grpc", port)
             found_as(config.service, config.instance, port)
         if http:
-            application = http_listener.application(http, verifier, rpcs)
-            port = await hold(http_listener.listening(application, config.host, config.http_port, leaf))
+            application = http_listener.application(http, verifier, intentions, rpcs)
+            wanted = ports.wanted("http", config.http_port)
+            port = await hold(http_listener.listening(application, config.host, wanted, leaf, config.drain_seconds))
+            ports.keep("http", port)
             found_as(f"{config.service}-http", f"{config.instance}-http", port)
         if not registrations:  # a worker is seen by its health alone
             found_as(config.service, config.instance, int(health_address.rpartition(":")[2]))
-
-        async with discovery.registered(config, registrations), _probing(checks, health):
-            await stopping.wait()
-            log.info("draining")
-        # Not SERVING, then deregistered: clients stop choosing this instance, calls under way go on.
+        await present(config, registrations, checks, health, stopping)
+        # Clients stop choosing this instance; calls under way go on.
         await asyncio.sleep(PROPAGATION_SECONDS if register or http else 0)
     log.info("stopped")
 
 
+async def present(
+    config: ServiceConfig,
+    registrations: list[Registration],
+    dependencies: Sequence[Dependency],
+    health: HealthServicer,
+    stopping: asyncio.Event,
+) -> None:
+    """Be in the registry, as healthy as the dependencies are, until told to stop; then be neither SERVING nor there."""
+    async with discovery.registered(config, registrations), _probing(dependencies, health):
+        await stopping.wait()
+        log.info("draining")
+    # Python's own ending would look at every object once more, which a restart would wait for: most of a second.
+    gc.freeze()
+
+
 @asynccontextmanager
-async def _answering_probes(health: HealthServicer, config: ServiceConfig) -> AsyncIterator[str]:
-    """Hold a server of its own for grpc.health.v1, in clear; yield its address. Not SERVING until told."""
+async def answering_probes(config: ServiceConfig) -> AsyncIterator[tuple[HealthServicer, str]]:
+    """Hold a server of its own for grpc.health.v1, in clear; yield what it tells, not SERVING yet, and its address."""
+    health = HealthServicer()
     await health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
     server = grpc.aio.server()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     port = server.add_insecure_port(f"{config.host}:{config.health_port}")
     await server.start()
     try:
-        yield f"{config.host}:{port}"
+        yield health, f"{config.host}:{port}"
     finally:
         await health.enter_graceful_shutdown()
         await server.stop(0)
 
 
 @asynccontextmanager
-async def _listening(
-    admitting: Admission, register: Sequence[Register], config: ServiceConfig, leaf: Leaf
-) -> AsyncIterator[int]:
-    """Hold the gRPC server; yield its port. At the end streams end at once, calls within `drain_seconds`."""
-    server = grpc.aio.server(interceptors=[admitting], options=OPTIONS)
+async def listening(
+    admitting: Admission,
+    register: Sequence[Register],
+    doors: Mapping[str, grpc.ServerCredentials],
+    config: ServiceConfig,
+    *,
+    beside: Sequence[Register] = (),
+) -> AsyncIterator[list[int]]:
+    """Hold the gRPC server. At the end streams end at once, calls within `drain_seconds`.
+
+    Args:
+        admitting: stands before every handler.
+        register: each adds a servicer to the server.
+        doors: address to what is shown there; all lead to the same handlers.
+        config: who it is.
+        beside: likewise, of what is no contract of ours and admits its callers itself.
+
+    Yields:
+        The port of each door.
+    """
+    server = grpc.aio.server(handlers=[admitting], options=OPTIONS)
     for add in register:
+        add(admitting)
+    for add in beside:
         add(server)
-    port = server.add_secure_port(f"{config.host}:{config.port}", leaf.grpc_server())
+    ports = [server.add_secure_port(address, shown) for address, shown in doors.items()]
     await server.start()
     try:
-        yield port
+        yield ports
     finally:
         admitting.end_streams()
         await server.stop(config.drain_seconds)
 
 
 @asynccontextmanager
-async def _working(works: Sequence[Background], config: ServiceConfig) -> AsyncIterator[None]:
+async def working(works: Sequence[Background], config: ServiceConfig) -> AsyncIterator[None]:
     """Hold background work; cancelled at the end, and waited for."""
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(_for_ever(work, config)) for work in works]
@@ -347,13 +419,16 @@ async def _probing(dependencies: Sequence[Dependency], health: HealthServicer) -
         await health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
 
 
-def _stop_signal() -> asyncio.Event:
+def stop_signal(config: ServiceConfig) -> asyncio.Event:
+    """Return what SIGTERM and SIGINT set; a second one, or a stop that takes too long, ends the process at once."""
     stopping = asyncio.Event()
 
     def stop() -> None:
         if stopping.is_set():
             os._exit(1)
         stopping.set()
+        # By the kernel, for what hangs may be the loop, a thread, or Python itself on its way out.
+        signal.alarm(ceil(STOP_SECONDS + 2 * config.drain_seconds))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop)
@@ -391,8 +466,7 @@ async def _missing(dependencies: Sequence[Dependency]) -> str:
     """Return why the service cannot serve; empty when it can."""
     for dependency in dependencies:
         try:
-            async with asyncio.timeout(DEPENDENCY_SECONDS):
-                await dependency()
+            await _answers(dependency)
         except TimeoutError:
             return f"{getattr(dependency, '__qualname__', dependency)} did not answer"
         except MeshError as error:
@@ -400,3 +474,13 @@ async def _missing(dependencies: Sequence[Dependency]) -> str:
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not answer
             return type(error).__name__
     return ""
+
+
+async def _answers(dependency: Dependency) -> None:
+    """Raise when a dependency is away. One late answer may be this machine's haste: of a busy one, all are late."""
+    try:
+        async with asyncio.timeout(DEPENDENCY_SECONDS):
+            await dependency()
+    except TimeoutError:
+        async with asyncio.timeout(DEPENDENCY_SECONDS):
+            await dependency()

@@ -7,8 +7,9 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
+from functools import cache
 
 from opentelemetry import propagate, trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -23,6 +24,7 @@ from mesh import VERSION, context
 SAMPLED = 0.01  # of the traces that begin here; full sampling takes a quarter of the throughput
 
 _tracer = trace.get_tracer("atelier.mesh", VERSION)
+_NO_SPAN = nullcontext()
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -79,18 +81,26 @@ def configure(service: str, instance: str) -> None:
         )
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         trace.set_tracer_provider(provider)
+        _tracing.cache_clear()
 
 
+@cache  # asked at every call, and settled when the process begins
 def _tracing() -> bool:
     return isinstance(trace.get_tracer_provider(), TracerProvider)
 
 
+def server_span(method: str, metadata: Mapping[str, str]) -> AbstractContextManager[None]:
+    """Return what holds the span of one served call, a child of the caller's (OpenTelemetry's rpc conventions).
+
+    Whoever ends the call badly says so by `failed`, within it, so that what is logged of that belongs to the trace.
+    """
+    if "traceparent" in metadata or _tracing():
+        return _span(method, metadata)
+    return _NO_SPAN  # nothing to tell, nothing to pass on: not worth 20 µs a call
+
+
 @contextmanager
-def server_span(method: str, metadata: Mapping[str, str]) -> Iterator[None]:
-    """Hold the span of one served call, a child of the caller's (OpenTelemetry's rpc conventions)."""
-    if "traceparent" not in metadata and not _tracing():
-        yield  # nothing to tell, nothing to pass on: not worth 20 µs a call
-        return
+def _span(method: str, metadata: Mapping[str, str]) -> Iterator[None]:
     service, _, name = method.strip("/").partition("/")
     with _tracer.start_as_current_span(
         f"{service}/{name}",
@@ -99,9 +109,10 @@ def server_span(method: str, metadata: Mapping[str, str]) -> Iterator[None]:
         attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
         record_exception=False,  # its text may hold what must not be kept
         set_status_on_exception=False,
-    ) as span:
-        try:
-            yield
-        except Exception as error:
-            span.set_status(Status(StatusCode.ERROR, getattr(error, "reason", type(error).__name__)))
-            raise
+    ):
+        yield
+
+
+def failed(reason: str) -> None:
+    """Say in the present span why its call ends badly."""
+    trace.get_current_span().set_status(Status(StatusCode.ERROR, reason))

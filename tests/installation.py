@@ -62,9 +62,12 @@ class Mesh:
 
 @contextmanager
 def running(
-    var: Path, *, replicas: int = 1, settings: dict[str, str] | None = None, root: Path = ROOT
+    var: Path, *arguments: str, replicas: int = 1, settings: dict[str, str] | None = None, root: Path = ROOT
 ) -> Iterator[Mesh]:
-    """Hold a mesh whose state is in `var`, on ports that nobody has; everything of it is deleted at the end."""
+    """Hold a mesh whose state is in `var`, on ports that nobody has; everything of it is deleted at the end.
+
+    `arguments` are of scripts/up.
+    """
     layout = _on_free_ports(var, replicas)
     environment = {
         **os.environ,
@@ -74,7 +77,7 @@ def running(
         **(settings or {}),
     }
     mesh = Mesh(layout.edge_url, var, environment, root)
-    up = mesh.script("up", "--replicas", str(replicas))
+    up = mesh.script("up", "--replicas", str(replicas), *arguments)
     try:
         if up.returncode != 0:
             raise RuntimeError(up.stdout + up.stderr)

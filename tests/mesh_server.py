@@ -26,6 +26,7 @@ from mesh import http as http_listener
 from mesh.channel import MeshChannel
 from mesh.contract import Contract
 from mesh.identity import Verifier
+from mesh.intentions import Intention, Intentions
 from tests.authority import grpc_client, leaf
 
 SERVICE = "storage"
@@ -67,12 +68,19 @@ class Server:
     """Where the service under test listens."""
 
     def __init__(
-        self, address: str, http_url: str, admission: service.Admission, verifier: Verifier, stack: AsyncExitStack
+        self,
+        address: str,
+        http_url: str,
+        admission: service.Admission,
+        verifier: Verifier,
+        intentions: Intentions,
+        stack: AsyncExitStack,
     ) -> None:
         self.address = address
         self.admission = admission
         self.http_url = http_url
         self._verifier = verifier
+        self._intentions = intentions
         self._stack = stack
         self._channels: dict[str, grpc.aio.Channel] = {}
 
@@ -85,6 +93,10 @@ class Server:
         revocation = identity_pb2.Revocation(claim=claim, value=value)
         revocation.expire_time.FromSeconds(int(time.time()) + 300)
         self._verifier.take(JWKS, [revocation])
+
+    def intend(self, *intentions: Intention) -> None:
+        """Have these intentions and no others, as Consul would tell."""
+        self._intentions.take(intentions)
 
     def channel(
         self,
@@ -109,23 +121,26 @@ async def serving(
     *register: service.Register,
     http: Mapping[str, http_listener.Endpoint] | None = None,
     rpcs: Contract | None = None,
+    service_name: str = SERVICE,
 ) -> AsyncIterator[Server]:
-    """Serve on free ports of loopback."""
-    verifier, rpcs = Verifier(), rpcs or contract.installed()
+    """Serve on free ports of loopback, with the certificate of `service_name`."""
+    own, rpcs = leaf(service_name), rpcs or contract.installed()
+    verifier, intentions = Verifier(), Intentions(own)
     verifier.take(JWKS)
+    intentions.take([])
     async with AsyncExitStack() as stack:
-        admission = service.Admission(verifier, rpcs, leaf(SERVICE))
-        server = grpc.aio.server(interceptors=[admission], options=service.OPTIONS)
+        admission = service.Admission(verifier, intentions, rpcs, own)
+        server = grpc.aio.server(handlers=[admission], options=service.OPTIONS)
         for add in register:
-            add(server)
-        port = server.add_secure_port("127.0.0.1:0", leaf(SERVICE).grpc_server())
+            add(admission)
+        port = server.add_secure_port("127.0.0.1:0", own.grpc_server())
         await server.start()
         stack.push_async_callback(server.stop, 0)
         http_url = ""
         if http:
-            application = http_listener.application(http, verifier, rpcs)
+            application = http_listener.application(http, verifier, intentions, rpcs)
             port_of_http = await stack.enter_async_context(
-                http_listener.listening(application, "127.0.0.1", 0, leaf(SERVICE))
+                http_listener.listening(application, "127.0.0.1", 0, own, 10)
             )
             http_url = f"https://127.0.0.1:{port_of_http}"
-        yield Server(f"127.0.0.1:{port}", http_url, admission, verifier, stack)
+        yield Server(f"127.0.0.1:{port}", http_url, admission, verifier, intentions, stack)

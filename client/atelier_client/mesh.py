@@ -42,11 +42,13 @@ async def status(shell: Shell, atelier: Atelier) -> None:
             client.node_id, client.control_plane, client.zone or "-", _ago(client.connect_time),
             str(len(client.subscriptions)), _short("; ".join(refused)),
         )  # fmt: skip
-    calls = table("caller", "may call")
+    calls = table("caller", "may call", "denied by an intention")
     for caller in dict.fromkeys(each.caller for each in found.permissions):
+        own = [each for each in found.permissions if each.caller == caller]
         calls.add_row(
             caller,
-            ", ".join(f"{each.callee} ({len(each.methods)})" for each in found.permissions if each.caller == caller),
+            ", ".join(f"{each.callee} ({len(each.methods)})" for each in own if not each.denied),
+            ", ".join(each.callee for each in own if each.denied),
         )
     shell.answer(document(found), Group(instances, "", clients, "", calls, *_remarks(found)))
 
@@ -68,11 +70,12 @@ async def why(shell: Shell, atelier: Atelier, service: str) -> None:
     for client in found.clients:
         for what, has, newest, state in _held(client):
             heard.add_row(client.node_id, client.control_plane, what, has, newest, state)
-    calls = table("caller", "callee", "may call")
+    calls = table("caller", "callee", "may call", "")
     for permission in found.permissions:
         calls.add_row(
-            permission.caller, permission.callee, ", ".join(name.rpartition("/")[2] for name in permission.methods)
-        )
+            permission.caller, permission.callee, ", ".join(name.rpartition("/")[2] for name in permission.methods),
+            "denied by an intention" if permission.denied else "",
+        )  # fmt: skip
     shell.answer(document(found), Group(endpoints, "", heard, "", calls, *_remarks(found)))
 
 

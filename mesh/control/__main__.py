@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import signal
+from contextlib import AsyncExitStack
 from functools import partial
 
 import grpc
 from atelier.mesh.v1 import topology_pb2_grpc
 from envoy.service.discovery.v3 import ads_pb2_grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 
-from mesh import admin, certificates, channel, contract, discovery, telemetry
+from mesh import admin, certificates, channel, contract, discovery, service, telemetry
 from mesh.certificates import Leaf
 from mesh.control import edge
 from mesh.control.config import Config
@@ -20,17 +18,13 @@ from mesh.control.plane import Plane
 from mesh.control.server import DiscoveryService, Publisher
 from mesh.control.topology import ADS_META, TopologyService
 from mesh.discovery import Registration
-from mesh.identity import IdentityFeed, RemoteIdentityFeed, Verifier
+from mesh.identity import RemoteIdentityFeed, Verifier
+from mesh.intentions import Intentions
 from mesh.live import Live
+from mesh.ports import Ports
 from mesh.service import Admission
 
 OPENAPI = contract.IMAGE.parent / "openapi.json"
-ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources"
-OPTIONS = [
-    ("grpc.so_reuseport", 0),  # a second control plane on this port would be a mistake
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # Envoy asks every 10 s whether this one is alive
-    ("grpc.keepalive_permit_without_calls", 1),
-]
 
 
 def settings(config: Config) -> edge.Settings:
@@ -52,68 +46,55 @@ def settings(config: Config) -> edge.Settings:
 
 async def main(config: Config) -> None:
     telemetry.configure(config.service, config.instance)
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-
-    async with certificates.kept(config) as leaf, channel.opened("auth", config, leaf) as auth:
-        await serve(config, leaf, RemoteIdentityFeed(auth), stopping)
-
-
-async def serve(config: Config, leaf: Leaf, feed: IdentityFeed, stopping: asyncio.Event) -> None:
     publisher, verifier, rpcs, live = Publisher(), Verifier(), contract.installed(), Live(config)
-    served = DiscoveryService(publisher, leaf.caller)
     live.meta[ADS_META] = config.address
 
-    def peer(address: str) -> grpc.aio.Channel:
-        trusted, own = config.secret("ads-ca.pem").encode(), leaf.present
-        credentials = grpc.ssl_channel_credentials(trusted, own.key, own.certificate)
-        return grpc.aio.secure_channel(address, credentials)
-
-    health, health_server = HealthServicer(), grpc.aio.server()
-    await health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(health, health_server)
-    health_address = f"{config.host}:{health_server.add_insecure_port(f'{config.host}:{config.health_port}')}"
-    await health_server.start()
-
-    async with (
-        discovery.connected(config) as client,
-        admin.serving() as live.meta["admin"],
-        asyncio.TaskGroup() as tasks,
-    ):
+    async with AsyncExitStack() as stack:
+        hold = stack.enter_async_context
+        leaf = await hold(certificates.kept(config))
+        auth = await hold(channel.opened("auth", config, leaf))
+        stopping = service.stop_signal(config)
+        health, health_address = await hold(service.answering_probes(config))
+        live.meta["admin"] = await hold(admin.serving())
         plane = Plane(
-            client=client,
+            client=await hold(discovery.connected(config)),
             contract=rpcs,
             image=contract.IMAGE.read_bytes(),
             settings=settings(config),
             path=config.data_dir / f"{config.instance}.json",
             leaf=leaf,
-            feed=feed,
+            feed=RemoteIdentityFeed(auth),
             publisher=publisher,
             verifier=verifier,
         )
-        server = grpc.aio.server(interceptors=[Admission(verifier, rpcs, leaf, beside={ADS})], options=OPTIONS)
-        ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(served, server)
-        topology_pb2_grpc.add_TopologyServiceServicer_to_server(
-            TopologyService(config.instance, plane, served, rpcs, peer), server
-        )
+        served, intentions = DiscoveryService(publisher, leaf.caller), Intentions(leaf)
+        topology = TopologyService(config.instance, plane, served, rpcs, partial(_peer, config, leaf))
+        await hold(service.working([live.follow, plane.run, partial(intentions.follow, config)], config))
         # The same behind two certificates: xDS clients ask for a host's name, all others for the service's.
         shown = config.secret("ads.key").encode(), config.secret("ads.pem").encode()
-        server.add_secure_port(config.address, leaf.grpc_server(shown))
-        port = server.add_secure_port(f"{config.host}:{config.port}", leaf.grpc_server())
-        await server.start()
-        running = [
-            tasks.create_task(plane.run(partial(health.set, "", health_pb2.HealthCheckResponse.SERVING))),
-            tasks.create_task(live.follow()),
-        ]
+        ports = Ports(config)
+        own = f"{config.host}:{ports.wanted('grpc', config.port)}"
+        *_, port = await hold(
+            service.listening(
+                Admission(verifier, intentions, rpcs, leaf),
+                [partial(topology_pb2_grpc.add_TopologyServiceServicer_to_server, topology)],
+                {config.address: leaf.grpc_server(shown), own: leaf.grpc_server()},
+                config,
+                # No contract of ours: it admits its callers itself.
+                beside=[partial(ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server, served)],
+            )
+        )
+        ports.keep("grpc", port)
         registration = Registration(config.service, config.instance, config.host, port, health_address, live.meta)
-        async with discovery.registered(config, [registration]):
-            await stopping.wait()
-        # Streams never end by themselves: clients keep what they have and go to another control plane, or wait.
-        await server.stop(None)
-        for task in running:
-            task.cancel()
-    await health_server.stop(None)
+        await service.present(config, [registration], [plane.check], health, stopping)
+        await asyncio.sleep(service.PROPAGATION_SECONDS)
+        served.end_streams()
+
+
+def _peer(config: Config, leaf: Leaf, address: str) -> grpc.aio.Channel:
+    """Return a channel to another control plane."""
+    trusted, own = config.secret("ads-ca.pem").encode(), leaf.present
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(trusted, own.key, own.certificate))
 
 
 if __name__ == "__main__":

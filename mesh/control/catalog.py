@@ -13,14 +13,13 @@ from typing import Any
 import consul.aio
 
 from mesh import discovery
+from mesh.discovery import PASSING
 
 log = logging.getLogger(__name__)
 
 # After a restart Consul calls every instance critical until each was checked again, and after a wipe it knows none
 # until each has registered again.
 SETTLE_SECONDS = 15.0
-PASSING = "passing"
-_WORSE = (PASSING, "warning", "critical")
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -150,14 +149,13 @@ def _seen(entry: Mapping[str, Any], before: Mapping[str, Seen], now: datetime) -
         version=meta.get("version", ""),
         zone=meta.get("zone", ""),
     )
-    checks = entry.get("Checks") or [{"Status": PASSING, "Output": ""}]
-    worst = max(checks, key=lambda check: _WORSE.index(check["Status"]) if check["Status"] in _WORSE else len(_WORSE))
+    status, output = discovery.health(entry)
     last = before.get(instance.instance_id)
     return Seen(
         instance=instance,
-        status=worst["Status"],
-        output=worst["Output"].strip(),
-        since=last.since if last and last.status == worst["Status"] else now,
+        status=status,
+        output=output,
+        since=last.since if last and last.status == status else now,
         agent=node.get("Node", ""),
         meta=meta,
     )

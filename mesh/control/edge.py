@@ -32,7 +32,6 @@ from mesh.control.snapshot import (
     Spec,
     SpiffeId,
     cluster,
-    named,
     snapshot,
     with_endpoints,
 )
@@ -40,6 +39,7 @@ from mesh.identity import AUDIENCE, ISSUER, LEEWAY_SECONDS
 
 RATELIMIT = "ratelimit"
 MAX_BUCKETS = 20_000  # users and addresses seen lately; about 5 MB
+IDLE_TIMEOUT = "30s"  # of a connection to a service's HTTP listener; less than that keeps it (mesh.http)
 MAX_RESPONSE_BYTES = 4 * 1024 * 1024  # gRPC's own limit for a message
 
 _HTTP_FILTERS = f"{ENVOY}.extensions.filters.http"
@@ -115,28 +115,34 @@ def envoy(contract: Contract, image: bytes, known: Known, settings: Settings, sp
             },
         }
     )
-    return with_endpoints(told, clusters, known.catalog)
+    return with_endpoints(told, {name: name for name in clusters}, known.catalog)
 
 
 def _cluster(name: str, settings: Settings, spiffe_id: str) -> Spec:
-    http: Spec = {"http_protocol_options": {}}
+    # It is the edge that closes an idle connection, never the service: that may meet the next request under way.
+    http: Spec = {
+        "common_http_protocol_options": {"idle_timeout": IDLE_TIMEOUT},
+        "explicit_http_config": {"http_protocol_options": {}},
+    }
+    named = {"san_type": "URI", "matcher": {"exact": spiffe_id}}
     tls: dict[str, Any] = {
         "tls_certificate_sds_secret_configs": [_secret("leaf", settings.secrets)],
         "combined_validation_context": {
-            "default_validation_context": {"match_typed_subject_alt_names": [named(spiffe_id)]},
+            "default_validation_context": {"match_typed_subject_alt_names": [named]},
             "validation_context_sds_secret_config": _secret("roots", settings.secrets),
         },
     }
     if not name.endswith("-http"):
         # A service that hangs without closing its connections is noticed; servers permit this (mesh.service).
-        http = {"http2_protocol_options": {"connection_keepalive": {"interval": "30s", "timeout": "5s"}}}
+        alive = {"connection_keepalive": {"interval": "30s", "timeout": "5s"}}
+        http = {"explicit_http_config": {"http2_protocol_options": alive}}
         tls["alpn_protocols"] = ["h2"]  # gRPC's servers insist
     return {
         **cluster(name, tls, settings.max_requests),
         "typed_extension_protocol_options": {
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
                 "@type": f"{ENVOY}.extensions.upstreams.http.v3.HttpProtocolOptions",
-                "explicit_http_config": http,
+                **http,
             }
         },
     }
@@ -262,7 +268,10 @@ def _tokens(jwks: str | None) -> Spec:
                 "clock_skew_seconds": LEEWAY_SECONDS,
                 "local_jwks": {"inline_string": jwks},
                 # Said, because the default also takes a token from the query, which ends up in logs.
-                "from_headers": [{"name": "authorization", "value_prefix": "Bearer "}],
+                # A scheme's case means nothing (RFC 9110, 11.1); a prefix's does, so each that is in use is named.
+                "from_headers": [
+                    {"name": "authorization", "value_prefix": f"{scheme} "} for scheme in ("Bearer", "bearer", "BEARER")
+                ],
                 "forward": True,
                 "payload_in_metadata": CLAIMS,
                 # Exact-match maps read headers, not metadata.

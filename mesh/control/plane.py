@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,14 +19,21 @@ from mesh.control.catalog import Follower
 from mesh.control.faults import Faults
 from mesh.control.known import Known
 from mesh.control.server import Publisher
+from mesh.errors import Unavailable
 from mesh.identity import IdentityFeed, Verifier
+from mesh.intentions import ALL, Intention, from_consul
 
+CALM_SECONDS = 0.1  # between two snapshots: what flaps in the registry costs its followers no more than that
 EXPIRY_SECONDS = 60.0  # how often the edge is relieved of revocations that concern no valid token any more
 
 FAULTS = "faults/"
 """Where Consul keeps a fault for each service that has one."""
 
 log = logging.getLogger(__name__)
+
+
+class NotReadYet(Unavailable):
+    reason = "NOT_READ_YET"
 
 
 class Plane:
@@ -70,16 +77,24 @@ class Plane:
         self._verifier = verifier
         verifier.restore(last.jwks, last.revoked)
         self.faults = Faults()
+        self.intentions: Sequence[Intention] = ()
+        """All of the mesh, for people to look at; each service follows those about itself."""
         names = {method.owner for method in contract.methods.values()}
         names |= {f"{method.owner}-http" for method in contract.methods.values() if method.bytes}
         self.follower = Follower(client, names, last.catalog, self._changed.set)
 
-    async def run(self, ready: Callable[[], Awaitable[None]]) -> None:
-        """Publish for ever; `ready` is called each time that has been done."""
+    async def check(self) -> None:
+        """Raise until there is something to serve."""
+        if not self._publisher.published:
+            raise NotReadYet("What runs has not been read yet.")
+
+    async def run(self) -> None:
+        """Publish for ever."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.follower.run())
             group.create_task(self._follow_faults())
             group.create_task(self._follow_identity())
+            group.create_task(self._follow_intentions())
             group.create_task(self._expire())
             await self.follower.complete.wait()
             while True:
@@ -87,7 +102,7 @@ class Plane:
                 await self._publish(
                     Known(self.follower.catalog, self._verifier.jwks, self.faults.ailing, self._verifier.revoked)
                 )
-                await ready()
+                await asyncio.sleep(CALM_SECONDS)
                 await self._changed.wait()
 
     async def _follow_identity(self) -> None:
@@ -118,6 +133,10 @@ class Plane:
                 )
                 self._changed.set()
             self.faults = faults
+
+    async def _follow_intentions(self) -> None:
+        async for found in discovery.answers(self._client, discovery.asking(self._client, ALL)):
+            self.intentions = from_consul(found)
 
     async def _publish(self, present: Known) -> None:
         try:

@@ -97,8 +97,8 @@ BODY_TOO_LARGE = Refusal(
 HEADERS_TOO_LARGE = Refusal(
     "HEADERS_TOO_LARGE", 431, 3, "The headers are larger than 60 KiB.", when="response.code == 431"
 )
-QUERY_PARAMETER_UNKNOWN = Refusal(
-    "QUERY_PARAMETER_UNKNOWN", 400, 3, "The query does not fit this call. ",
+QUERY_MALFORMED = Refusal(
+    "QUERY_MALFORMED", 400, 3, "The query does not fit this call. ",
     when=f"{_DETAILS}.startsWith('early_grpc_json_transcode')", said=True,
 )  # fmt: skip
 BODY_MALFORMED = Refusal(
@@ -109,6 +109,10 @@ ROUTE_NOT_FOUND = Refusal(
     "ROUTE_NOT_FOUND", 404, 5, "There is nothing here; /openapi.json lists what there is.", grpc_code=_UNIMPLEMENTED
 )
 METHOD_NOT_ALLOWED = Refusal("METHOD_NOT_ALLOWED", 405, 12, "This path is called otherwise; see the header `Allow`.")
+REQUEST_TIMEOUT = Refusal(
+    "REQUEST_TIMEOUT", 408, 4, "The request did not come to its end: nothing arrived for too long.",
+    when="response.code == 408",
+)  # fmt: skip
 TIMEOUT = Refusal("TIMEOUT", 504, 4, "The service did not answer in time.", when="response.code == 504")
 SERVICE_UNAVAILABLE = Refusal(
     "SERVICE_UNAVAILABLE", 503, 14, "The service is not there at the moment; try again.",
@@ -129,7 +133,8 @@ _FAULTS = tuple(
 REFUSALS = (
     *_FAULTS,
     TOKEN_MISSING, TOKEN_EXPIRED, TOKEN_INVALID, TOKEN_REVOKED, ROLE_REQUIRED, RATE_LIMITED, BODY_TOO_LARGE,
-    HEADERS_TOO_LARGE, QUERY_PARAMETER_UNKNOWN, BODY_MALFORMED, ROUTE_NOT_FOUND, METHOD_NOT_ALLOWED, TIMEOUT,
+    HEADERS_TOO_LARGE, QUERY_MALFORMED, BODY_MALFORMED, ROUTE_NOT_FOUND, METHOD_NOT_ALLOWED,
+    REQUEST_TIMEOUT, TIMEOUT,
     SERVICE_UNAVAILABLE, REQUEST_MALFORMED,
 )  # fmt: skip
 """The first one that fits is answered: the general ones are last."""

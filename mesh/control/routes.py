@@ -36,6 +36,9 @@ CLAIMS = "claims"
 """Where the token filter puts a token's claims."""
 JWT_METADATA = "envoy.filters.http.jwt_authn"
 
+GRACE_SECONDS = 1.0  # beyond a call's deadline: the way here and back, and a busy machine
+BYTES_IDLE_SECONDS = 60  # without one byte either way, the check and sync of an upload included
+
 RATES = "atelier.rates"
 """Where a route says its rate class: under one of these two keys."""
 USER_CLASS = "user_class"
@@ -217,15 +220,13 @@ def _verb(*verbs: str) -> Spec:
 def _route(match: Spec, method: Method, known: Known) -> Spec:
     if method.access != "PUBLIC" and known.jwks is None:
         return _refused(match, SERVICE_UNAVAILABLE)
-    seconds = f"{method.deadline_seconds:g}s"
     # A request that never reached its service may always be sent again; one that did, only where that is harmless.
     retry_on = "connect-failure,refused-stream" + (",reset,unavailable" if method.idempotent else "")
     return {
         "match": match,
         "route": {
             "cluster": cluster_of(method),
-            # A stream may last; it ends when nothing has come for as long as a whole call may take.
-            **({"timeout": "0s", "idle_timeout": seconds} if method.server_streaming else {"timeout": seconds}),
+            **_time_limits(method),
             "retry_policy": {
                 "retry_on": retry_on,
                 "num_retries": 2,
@@ -246,6 +247,18 @@ def _route(match: Spec, method: Method, known: Known) -> Spec:
         },
         "typed_per_filter_config": _filters(method, known.faults.get(method.owner)),
     }
+
+
+def _time_limits(method: Method) -> Spec:
+    """Return for how long a call may take, or fall silent, before the edge ends it."""
+    if method.bytes:
+        # How long a body takes is up to who sends or reads it; one that stands still is ended.
+        return {"timeout": "0s", "idle_timeout": f"{BYTES_IDLE_SECONDS}s"}
+    if method.server_streaming:
+        # It may last; it ends when nothing has come for as long as a whole call may take.
+        return {"timeout": "0s", "idle_timeout": f"{method.deadline_seconds:g}s"}
+    # The service, which knows the same deadline, ends it first and says why: only one that hangs is met here.
+    return {"timeout": f"{method.deadline_seconds + GRACE_SECONDS:g}s"}
 
 
 def _filters(method: Method, ailing: Fault | None) -> dict[str, Spec]:

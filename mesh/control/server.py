@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import grpc
 from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 
 from mesh import status
+from mesh.admission import Draining
 from mesh.control.snapshot import CLUSTER, ENDPOINTS, EXTENSION, LISTENER, ROUTES, Resource, Snapshot
-from mesh.errors import PermissionDenied
+from mesh.errors import MeshError, PermissionDenied
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,10 @@ class Publisher:
         self._snapshots = (edge, clients)
         for event in self._waiting:
             event.set()
+
+    @property
+    def published(self) -> bool:
+        return self._snapshots is not None
 
     def snapshot(self, node_cluster: str) -> Snapshot | None:
         """Return what a node may be told; None before the first `publish`."""
@@ -151,7 +155,8 @@ class Stream:
         if request.response_nonce != subscription.nonce:
             return  # it has not seen the newest response yet, and will answer that
         subscription.hear(request)
-        names = frozenset(request.resource_names)
+        # gRPC's clients ask by names of an authority (mesh.channel), which end in ours.
+        names = frozenset(name.rpartition("/")[2] for name in request.resource_names)
         if not names and request.type_url in WHOLE and subscription.names <= {ANY}:
             names = frozenset({ANY})  # the older way to ask for all; after names it means none
         subscription.names = names
@@ -215,6 +220,12 @@ class DiscoveryService(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type
         self._caller = caller
         self.streams: set[Stream] = set()
         """Those that are open."""
+        self._readers: set[asyncio.Task[None]] = set()
+
+    def end_streams(self) -> None:
+        """End every open stream: its client keeps what it has and asks another control plane."""
+        for reader in self._readers:
+            reader.cancel()
 
     async def StreamAggregatedResources(  # noqa: N802 - the rpc's name
         self, requests: AsyncIterator[discovery_pb2.DiscoveryRequest], context: Any
@@ -224,6 +235,7 @@ class DiscoveryService(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type
         reader = asyncio.create_task(self._read(requests, stream, news))
         self.publisher.subscribe(news)
         self.streams.add(stream)
+        self._readers.add(reader)
         try:
             while not reader.done():
                 await news.wait()
@@ -233,12 +245,17 @@ class DiscoveryService(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type
                     continue  # the first one wakes this stream
                 for response in stream.responses(snapshot):
                     yield response  # waits while the client does not read
-            if not reader.cancelled() and isinstance(failure := reader.exception(), NodeNotAllowed):
+            draining = Draining("This control plane stops; ask another.")
+            failure = draining if reader.cancelled() else reader.exception()
+            if isinstance(failure, NodeNotAllowed):
                 log.warning("%s", failure.message)
-                await context.abort(grpc.StatusCode.PERMISSION_DENIED, failure.message, status.to_trailers(failure))
+            if isinstance(failure, MeshError):
+                code = status.GRPC_CODES[failure.code_number]
+                await context.abort(code, failure.message, status.to_trailers(failure))
         finally:
             self.publisher.unsubscribe(news)
             self.streams.discard(stream)
+            self._readers.discard(reader)
             reader.cancel()
 
     @staticmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
@@ -18,7 +18,7 @@ from typing import Any
 
 from google.protobuf import any_pb2, json_format, symbol_database
 
-from mesh.channel import PROVIDER
+from mesh.channel import PROVIDER, xds_name
 from mesh.contract import Contract
 from mesh.control import faults
 from mesh.control.catalog import Catalog, Instance
@@ -167,21 +167,38 @@ def grpc_clients(
         {
             LISTENER: {name: _api_listener(name) for name in names},
             ROUTES: {name: _routes(name, contract, ailing.get(name)) for name in names},
-            CLUSTER: {name: cluster(name, _by_provider(spiffe_id(name)), max_requests) for name in names},
+            CLUSTER: {
+                name: {
+                    **cluster(called(ENDPOINTS, name), _by_provider(spiffe_id(name)), max_requests),
+                    "name": called(CLUSTER, name),
+                }
+                for name in names
+            },
         }
     )
-    return with_endpoints(told, names, catalog)
+    return with_endpoints(told, {name: called(ENDPOINTS, name) for name in names}, catalog)
 
 
-def with_endpoints(told: Snapshot, names: Iterable[str], catalog: Catalog) -> Snapshot:
-    """Return `told` with the endpoints of the services `names`, plain and for each zone that has some."""
+def called(type_url: str, name: str) -> str:
+    """Return how gRPC's clients call what a snapshot has as `name`."""
+    return xds_name(type_url.removeprefix(_PREFIX), name)
+
+
+def with_endpoints(told: Snapshot, names: Mapping[str, str], catalog: Catalog) -> Snapshot:
+    """Return `told` with the endpoints of services, plain and for each zone that has some.
+
+    Args:
+        told: what it has of other types.
+        names: service to what its endpoints are called.
+        catalog: passing instances.
+    """
     found = {name: tuple(catalog.get(name, ())) for name in names}
-    plain = {name: _compiled_endpoints(name, instances, "") for name, instances in found.items()}
     zones = {instance.zone for instances in found.values() for instance in instances} - {""}
-    by_zone = {
-        zone: {name: _compiled_endpoints(name, instances, zone) for name, instances in found.items()} for zone in zones
-    }
-    return Snapshot({**told.resources, ENDPOINTS: plain}, by_zone)
+
+    def of_zone(zone: str) -> Mapping[str, Resource]:
+        return {name: _compiled_endpoints(names[name], instances, zone) for name, instances in found.items()}
+
+    return Snapshot({**told.resources, ENDPOINTS: of_zone("")}, {zone: of_zone(zone) for zone in zones})
 
 
 # A change is in one service of dozens: of the others not even the JSON form is made again.
@@ -192,11 +209,11 @@ def _compiled_endpoints(name: str, instances: tuple[Instance, ...], zone: str) -
 
 def _api_listener(name: str) -> Spec:
     return {
-        "name": name,
+        "name": called(LISTENER, name),
         "api_listener": {
             "api_listener": {
                 "@type": f"{ENVOY}.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
-                "rds": {"config_source": ADS, "route_config_name": name},
+                "rds": {"config_source": ADS, "route_config_name": called(ROUTES, name)},
                 "http_filters": [
                     {"name": faults.FAULT, "typed_config": faults.NONE},  # routes say what ails
                     {"name": "router", "typed_config": {"@type": f"{ENVOY}.extensions.filters.http.router.v3.Router"}},
@@ -207,11 +224,12 @@ def _api_listener(name: str) -> Spec:
 
 
 def _routes(name: str, contract: Contract, ailing: Fault | None) -> Spec:
+    to = called(CLUSTER, name)
     retried = [
         {
             "match": {"path": method.full_name},
             "route": {
-                "cluster": name,
+                "cluster": to,
                 "retry_policy": {
                     "retry_on": "unavailable",
                     "num_retries": 3,
@@ -222,11 +240,11 @@ def _routes(name: str, contract: Contract, ailing: Fault | None) -> Spec:
         for method in sorted(contract.methods.values(), key=lambda method: method.full_name)
         if method.owner == name and method.idempotent
     ]
-    others = {"match": {"prefix": ""}, "route": {"cluster": name}}
+    others = {"match": {"prefix": ""}, "route": {"cluster": to}}
     host: dict[str, Any] = {"name": name, "domains": ["*"], "routes": [*retried, others]}
     if ailing:
         host["typed_per_filter_config"] = {faults.FAULT: ailing.filter(http=False)}
-    return {"name": name, "virtual_hosts": [host]}
+    return {"name": called(ROUTES, name), "virtual_hosts": [host]}
 
 
 def _by_provider(spiffe_id: str) -> Spec:
@@ -236,13 +254,10 @@ def _by_provider(spiffe_id: str) -> Spec:
         "tls_certificate_provider_instance": provider,
         "validation_context": {
             "ca_certificate_provider_instance": provider,
-            "match_typed_subject_alt_names": [named(spiffe_id)],
+            # The older field, though deprecated: gRPC reads no other, and would take any service of the mesh for this.
+            "match_subject_alt_names": [{"exact": spiffe_id}],
         },
     }
-
-
-def named(spiffe_id: str) -> Spec:
-    return {"san_type": "URI", "matcher": {"exact": spiffe_id}}
 
 
 def cluster(name: str, tls: Spec, max_requests: int = MAX_REQUESTS) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 
 import grpc
@@ -14,11 +14,13 @@ from atelier.mesh.v1 import topology_pb2_grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mesh.contract import Contract
-from mesh.control.catalog import PASSING, Seen
+from mesh.control.catalog import Seen
 from mesh.control.faults import Faults
 from mesh.control.plane import Plane
 from mesh.control.server import DiscoveryService, Stream, Subscription
 from mesh.control.snapshot import Snapshot
+from mesh.discovery import PASSING
+from mesh.intentions import Intention, denied
 
 ADS_META = "ads"
 """What a control plane's registration calls the address at which it shows a host's certificate."""
@@ -40,7 +42,7 @@ class TopologyService(topology_pb2_grpc.TopologyServiceServicer):
         self._instance = instance
         self._plane = plane
         self._discovery = discovery
-        self._permissions = permissions(contract)
+        self._contract = contract
 
     async def GetTopology(  # noqa: N802 - the rpc's name
         self, request: pb.GetTopologyRequest, _context: object
@@ -58,7 +60,11 @@ class TopologyService(topology_pb2_grpc.TopologyServiceServicer):
                 if seen[name] and (not wanted or name in wanted)
             ],
             clients=sorted(clients, key=lambda client: (client.service, client.node_id)),
-            permissions=[each for each in self._permissions if not wanted or {each.caller, each.callee} & wanted],
+            permissions=[
+                each
+                for each in permissions(self._contract, self._plane.intentions)
+                if not wanted or {each.caller, each.callee} & wanted
+            ],
             control_planes=sorted([self._instance, *(name for name, found in heard.items() if found is not None)]),
             silent_control_planes=[name for name, found in heard.items() if found is None],
             stale=self._plane.follower.distrusted,
@@ -161,15 +167,15 @@ def _subscription(
     )
 
 
-def permissions(contract: Contract) -> list[pb.Permission]:
-    """Return who may call whom, by caller and callee."""
+def permissions(contract: Contract, intentions: Sequence[Intention]) -> list[pb.Permission]:
+    """Return who may call whom, by caller and callee, and what intentions take from that."""
     methods: dict[tuple[str, str], list[str]] = defaultdict(list)
     for method in contract.methods.values():
         edge = () if method.access == "SERVICE" else ("edge",)
         for caller in {*method.callers, *edge}:
             methods[caller, method.owner].append(method.full_name)
     return [
-        pb.Permission(caller=caller, callee=callee, methods=sorted(found))
+        pb.Permission(caller=caller, callee=callee, methods=sorted(found), denied=denied(intentions, caller, callee))
         for (caller, callee), found in sorted(methods.items())
     ]
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from mesh.certificates import CERTIFICATE, KEY, PRESENT, ROOTS
 from scripts.local import authority
-from scripts.local.layout import AUTHORITIES, ROOT, Layout, Process, SettingRefused
+from scripts.local.layout import AUTHORITIES, DATABASES, ROOT, Layout, Process, SettingRefused
 
-SECRETS = ("admin", "broker", "capability.key", "erlang.cookie")
+SECRETS = ("admin", "broker", "capability.key", "erlang.cookie", "postgresql")
 LOG_BYTES = 10_000_000  # a program's log is turned over at this size, two old ones are kept
 _TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
 ENOUGH_FILES = 65_536  # open files a process may have; less where the machine's hard limit is less
@@ -35,6 +35,7 @@ def make_secrets(layout: Layout) -> dict[str, str]:
     """Return the installation's secrets by name; those that do not exist yet are drawn."""
     drawn: dict[str, Callable[[], str]] = {
         **dict.fromkeys(SECRETS, lambda: secrets.token_hex(32)),
+        **dict.fromkeys((f"postgresql.{name}" for name in DATABASES), lambda: secrets.token_hex(32)),
         **{f"consul.{name}": lambda: str(uuid.uuid4()) for name in AUTHORITIES},
         "connect.id": lambda: str(uuid.uuid4()),
     }
@@ -168,8 +169,10 @@ def envoy(layout: Layout) -> dict[str, Any]:
                 "transport_api_version": "V3",
                 "grpc_services": [{"envoy_grpc": {"cluster_name": "ads"}}],
             },
-            "lds_config": {"ads": {}, "resource_api_version": "V3"},
-            "cds_config": {"ads": {}, "resource_api_version": "V3"},
+            # Waits for the control plane as long as it takes: an Envoy that gave up and served nothing would still
+            # take over from the one before.
+            "lds_config": {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"},
+            "cds_config": {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"},
         },
         "static_resources": {
             "clusters": [
@@ -269,9 +272,10 @@ def _program(layout: Layout, process: Process, fingerprint: str) -> str:
     environment = {**process.environment, "ATELIER_SOURCE": fingerprint}
     settings = ",".join(f"{name}={_quoted(name, value)}" for name, value in environment.items())
     # A process outlives its supervisor by no more than its own orderly stop, even when that is killed with -9.
-    bound = ("setpriv", "--pdeathsig", "TERM", "--") if shutil.which("setpriv") else ()
+    bound = ("setpriv", "--pdeathsig", process.stop_signal, "--") if shutil.which("setpriv") else ()
     return f"""\
 [program:{process.name}]
+{f"user={process.user}" if process.user else ""}
 command={_percent(shlex.join((*bound, *process.command)))}
 environment={settings}
 autostart=false
@@ -279,7 +283,7 @@ autorestart=true
 ; alive for startsecs counts as started; one that ends sooner is tried again after 1 s, 2 s, 3 s …
 startsecs=3
 startretries=100
-stopsignal=TERM
+stopsignal={process.stop_signal}
 stopwaitsecs={process.stop_seconds}
 stopasgroup={str(process.stops_children).lower()}
 killasgroup=true

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh.certificates import PRESENT, ROOTS
+from scripts.local import postgresql
 from scripts.local.layout import Layout, Process
 
 # Straight to loopback, whatever proxy the user's environment names.
@@ -46,6 +47,12 @@ def ready(layout: Layout) -> bool:
     return status(f"{layout.edge_url}/readyz") == 200
 
 
+def edge_epoch(layout: Layout) -> int:
+    """Return which Envoy since the edge's start serves, from 0 on; -1 when none does."""
+    info = _json(f"http://127.0.0.1:{layout.envoy_admin_port}/server_info")
+    return int(info["command_line_options"]["restart_epoch"]) if info and info["state"] == "LIVE" else -1
+
+
 def edge_is_certified(layout: Layout) -> bool:
     """Tell whether Envoy can be started: it does not wait for its certificate."""
     return (layout.edge_identity / PRESENT / ROOTS).exists()
@@ -58,6 +65,9 @@ def of_all(layout: Layout, processes: list[Process]) -> dict[str, Health]:
         "epmd": lambda: _connects(layout.epmd_port),
         "consul": lambda: "passing" if _json(f"{layout.consul_url}/v1/status/leader") else "has no leader",
         "rabbitmq": lambda: _broker(layout.broker_port),
+        "postgresql": lambda: postgresql.answer(
+            layout.postgresql_port, (layout.secrets / "postgresql").read_text().strip()
+        ),
         "envoy": lambda: _edge(layout),
         "registrar": lambda: "passing" if registry else "Consul does not know our tokens",
         "edge-certificates": lambda: "passing" if edge_is_certified(layout) else "has no certificate",

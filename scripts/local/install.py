@@ -1,6 +1,6 @@
 """Installs what the mesh needs and is missing: Debian packages, Consul, the virtual environment.
 
-Runs on the bare machine's Python: standard library only. Usage: python3 -m scripts.local.install [--tests]
+Runs on the bare machine's Python: standard library only. Usage: python3 -m scripts.local.install [--tests] [--postgres]
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
             if "--tests" in arguments:
                 install_tests()
             else:
-                install()
+                install(with_postgresql="--postgres" in arguments)
     except CannotInstall as reason:
         print(f"\n{reason}", file=sys.stderr)
         return 1
@@ -67,9 +67,11 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def install() -> None:
+def install(*, with_postgresql: bool = False) -> None:
     """Bring what running the mesh needs."""
     missing = [name for name, there in PACKAGES.items() if not there()]
+    if with_postgresql and not postgresql():
+        missing.append("postgresql")
     if not is_whole() and not has_ensurepip():
         missing.append(f"python{sys.version_info[0]}.{sys.version_info[1]}-venv")
     mark = wanted_mark("runtime.txt", "overlay.txt")
@@ -85,8 +87,10 @@ def install() -> None:
 
 def install_tests() -> None:
     """Bring what the tests need on top."""
-    if not shutil.which("git"):  # contracts are compared with those of earlier commits
-        install_packages(["git"])
+    programs = {"git": shutil.which("git"), "postgresql": postgresql()}  # git: contracts are compared with earlier ones
+    missing = [name for name, there in programs.items() if not there]
+    if missing:
+        install_packages(missing)
     mark = wanted_mark("runtime.txt", "overlay.txt", "test.txt", "photos.txt")
     if TESTS_MARK.exists() and TESTS_MARK.read_text() == mark:
         return
@@ -107,6 +111,14 @@ def require_room(folder: Path) -> None:
 
 
 # Debian packages
+
+
+def postgresql(version: str = "*") -> str | None:
+    """Return the folder of PostgreSQL's programs, of the newest version that fits, if there are any."""
+    found = sorted(
+        Path("/usr/lib/postgresql").glob(f"{version}/bin/postgres"), key=lambda path: int(path.parent.parent.name)
+    )
+    return str(found[-1].parent) if found else None
 
 
 def rabbitmq_servers() -> list[str]:
@@ -144,9 +156,10 @@ def install_packages(names: list[str]) -> None:
             code, said = watched(patient, DEBIAN_FRONTEND="noninteractive")
             if code != 0:
                 raise CannotInstall(f"apt could not install {', '.join(names)}:\n{said[-2000:]}")
-    if "rabbitmq-server" in names and Path("/run/systemd/system").exists():
-        # The package starts a broker for the whole machine; the mesh has its own and needs no other.
-        subprocess.run(["systemctl", "disable", "--now", "rabbitmq-server"], capture_output=True, check=False)
+    if Path("/run/systemd/system").exists():
+        # These packages start servers for the whole machine; the mesh has its own and needs no others.
+        for name in {"rabbitmq-server", "postgresql"}.intersection(names):
+            subprocess.run(["systemctl", "disable", "--now", name], capture_output=True, check=False)
 
 
 # Consul

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ PORT_BASE = 17000
 EDGE_PORT = 8080
 SPAN = 700  # ports from the base on that belong to one mesh
 MAX_REPLICAS = 50
+SQLITE, POSTGRESQL = "sqlite", "postgresql"  # what keeps the services' data
 
 
 def _with(file: str) -> tuple[str, ...]:
@@ -58,7 +60,9 @@ class Process:
     sources: tuple[str, ...] = ()
     address: str = ""
     stop_seconds: int = 25  # a service drains its HTTP listener, then its gRPC server, 10 s each at most
+    stop_signal: str = "TERM"
     stops_children: bool = True
+    user: str | None = None  # as whom it runs, if not as ourselves
 
 
 @dataclass(frozen=True)
@@ -69,17 +73,19 @@ class Layout:
     port_base: int = PORT_BASE
     edge_port: int = EDGE_PORT
     replicas: int = 1
+    database: str = SQLITE
 
     @classmethod
     def from_environment(cls, caller: Mapping[str, str]) -> Layout:
         """Return the mesh that the caller's environment means; where it is silent, the mesh is as it was last.
 
         Raises:
-            SettingRefused: a port or the folder cannot be used.
+            SettingRefused: a port or the folder cannot be used, or the data is in another kind of database.
         """
         var = Path(caller.get("ATELIER_VAR") or ROOT / "var").absolute()
-        last = cls(var).last
-        environment = {**(json.loads(last.read_text()) if last.exists() else {}), **caller}
+        file = cls(var).last
+        last = json.loads(file.read_text()) if file.exists() else {}
+        environment = {**last, **caller}
         base = _number(environment, "ATELIER_PORT_BASE", PORT_BASE, 65535)
         edge = _number(environment, "ATELIER_EDGE_PORT", EDGE_PORT, 65535)
         replicas = _number(environment, "ATELIER_REPLICAS", 1, MAX_REPLICAS)
@@ -89,7 +95,16 @@ class Layout:
             raise SettingRefused(
                 f"ATELIER_EDGE_PORT={edge} lies among the mesh's own ports {base} to {base + SPAN - 1}; take another."
             )
-        layout = cls(var=var, port_base=base, edge_port=edge, replicas=replicas)
+        database = environment.get("ATELIER_DATABASE") or SQLITE
+        if database not in (SQLITE, POSTGRESQL):
+            raise SettingRefused(f"ATELIER_DATABASE={database} is neither {SQLITE} nor {POSTGRESQL}.")
+        if last and database != last.get("ATELIER_DATABASE", SQLITE):
+            raise SettingRefused(
+                f"ATELIER_DATABASE={database} (--postgres) comes too late: the data of this mesh is kept by "
+                f"{last.get('ATELIER_DATABASE', SQLITE)}, in {var}. Begin another by ATELIER_VAR, or anew after "
+                "scripts/down --erase."
+            )
+        layout = cls(var=var, port_base=base, edge_port=edge, replicas=replicas, database=database)
         if len(str(layout.socket)) > 100:  # the kernel's limit on a socket's path is 107
             raise SettingRefused(f"The path of ATELIER_VAR={var} is too long for a Unix socket; take a shorter one.")
         if not set('"%\n').isdisjoint(str(var)):
@@ -108,6 +123,7 @@ class Layout:
             "ATELIER_PORT_BASE": str(self.port_base),
             "ATELIER_EDGE_PORT": str(self.edge_port),
             "ATELIER_REPLICAS": str(self.replicas),
+            "ATELIER_DATABASE": self.database,
         }
 
     @property
@@ -143,7 +159,7 @@ class Layout:
     @property
     def state_folders(self) -> tuple[Path, ...]:
         """What belongs to this mesh alone; `down --erase` deletes these and nothing else."""
-        names = ("data", "secrets", "configs", "log", "run", "consul", "rabbitmq")
+        names = ("data", "secrets", "configs", "log", "run", "consul", "rabbitmq", "postgresql")
         return tuple(self.var / name for name in names)
 
     @property
@@ -163,6 +179,16 @@ class Layout:
         return self.port_base + 190
 
     @property
+    def edge_base_id(self) -> int:
+        """By what Envoy's shared memory is told from that of other meshes and other users."""
+        return zlib.crc32(f"{os.geteuid()} {self.var}".encode()) % 100_000_000
+
+    @property
+    def edge_socket(self) -> Path:
+        """Where one Envoy hands over to the next; Envoy appends which one it is."""
+        return self.var / "run" / "envoy"
+
+    @property
     def consul_rpc_port(self) -> int:
         return self.port_base + 300
 
@@ -177,6 +203,15 @@ class Layout:
     @property
     def consul_port(self) -> int:
         return self.port_base + 500
+
+    @property
+    def postgresql(self) -> Path:
+        """The server's files, where it is ours."""
+        return self.var / "postgresql" / "data"
+
+    @property
+    def postgresql_port(self) -> int:
+        return self.port_base + 632
 
     @property
     def broker_port(self) -> int:
@@ -199,6 +234,7 @@ class Layout:
             self.epmd_port: "Erlang's port mapper",
             self.broker_port: "RabbitMQ",
             self.broker_peer_port: "RabbitMQ's peers",
+            **({self.postgresql_port: "PostgreSQL"} if self.database == POSTGRESQL else {}),
         }
 
     @cached_property
@@ -235,7 +271,9 @@ def mesh_environment(layout: Layout, caller: Mapping[str, str], broker_secret: s
     }
 
 
-def processes(layout: Layout, environment: Mapping[str, str], *, consul: str, rabbitmq: str) -> list[Process]:
+def processes(
+    layout: Layout, environment: Mapping[str, str], *, consul: str, rabbitmq: str, postgresql: tuple[str, ...] = ()
+) -> list[Process]:
     """Return every program of the mesh, in the order in which they are started.
 
     Args:
@@ -243,12 +281,15 @@ def processes(layout: Layout, environment: Mapping[str, str], *, consul: str, ra
         environment: what `mesh_environment` returned.
         consul: path of the Consul program.
         rabbitmq: path of RabbitMQ's own `rabbitmq-server`, not of the wrapper that changes the user.
+        postgresql: what runs the server, where it is ours.
     """
     python = str(BIN / "python")
     libraries = ("requirements/runtime.txt", "requirements/overlay.txt")
     contracts = ("mesh", "generated", *libraries)
     # The rest of the caller's environment does not reach the brokers: they are configured by our files alone.
     bare = dict(layout.marker)
+    # Nobody but the service itself is told the password of its database.
+    shared = {name: value for name, value in environment.items() if not name.endswith("_DATABASE_URL")}
     numbers = range(1, layout.replicas + 1)
 
     def replicas(
@@ -259,7 +300,11 @@ def processes(layout: Layout, environment: Mapping[str, str], *, consul: str, ra
                 name=f"{name}-{number}",
                 wave=wave,
                 command=(python, "-m", module),
-                environment={**environment, "ATELIER_INSTANCE": f"{name}-{number}"},
+                environment={
+                    **shared,
+                    **{own: environment[own] for own in (f"{name.upper()}_DATABASE_URL",) if own in environment},
+                    "ATELIER_INSTANCE": f"{name}-{number}",
+                },
                 sources=(*contracts, *sources),
                 stops_children=not owns_children,
             )
@@ -272,7 +317,7 @@ def processes(layout: Layout, environment: Mapping[str, str], *, consul: str, ra
             wave=1,
             command=(python, "-m", "mesh.control"),
             environment={
-                **environment,
+                **shared,
                 "ATELIER_INSTANCE": f"control-{number}",
                 "CONTROL_ADDRESS": f"127.0.0.1:{port}",
             },
@@ -280,6 +325,19 @@ def processes(layout: Layout, environment: Mapping[str, str], *, consul: str, ra
             address=f"127.0.0.1:{port}",
         )
         for number, port in zip(numbers, layout.control_ports, strict=True)
+    ]
+    databases = [
+        Process(
+            name="postgresql",
+            wave=0,
+            command=postgresql,
+            environment=bare,
+            address=f"127.0.0.1:{layout.postgresql_port}",
+            stop_seconds=30,  # it writes out what it has in memory, or has to recover it
+            stop_signal="INT",  # TERM would wait for everybody to go by himself
+            stops_children=False,
+            user=postgresql_account(),
+        )
     ]
     return [
         Process(
@@ -306,18 +364,19 @@ def processes(layout: Layout, environment: Mapping[str, str], *, consul: str, ra
             address=f"127.0.0.1:{layout.broker_port}",
             stop_seconds=30,  # it closes its queues; a broker killed in that has to recover them
         ),
+        *(databases if layout.database == POSTGRESQL else ()),
         Process(
             name="registrar",
             wave=1,
             command=(python, "-m", "mesh.registrar"),
-            environment={**environment, "ATELIER_INSTANCE": "registrar"},
+            environment={**shared, "ATELIER_INSTANCE": "registrar"},
             sources=contracts,
         ),
         Process(
             name="edge-certificates",
             wave=1,
             command=(python, "-m", "mesh.edge_certificates"),
-            environment={**environment, "ATELIER_INSTANCE": layout.edge_identity.name},
+            environment={**shared, "ATELIER_INSTANCE": layout.edge_identity.name},
             sources=contracts,
         ),
         *controls,
@@ -336,15 +395,25 @@ def processes(layout: Layout, environment: Mapping[str, str], *, consul: str, ra
             name="envoy",
             wave=3,
             command=(
+                python, "-m", "scripts.local.edge", str(layout.envoy_admin_port),
                 str(BIN / "envoy"), "--config-path", str(layout.configs / "envoy.json"),
                 "--concurrency", "2", "--log-level", "warning",
-                "--disable-hot-restart",  # its shared memory would collide with another mesh's
+                "--base-id", str(layout.edge_base_id),
+                "--socket-path", str(layout.edge_socket), "--socket-mode", "600",
+                # One that is replaced closes each connection at its next answer, and what is idle or lasts at the end.
+                "--drain-strategy", "immediate", "--drain-time-s", "10", "--parent-shutdown-time-s", "15",
             ),
             environment=bare,
-            sources=(str(layout.configs / "envoy.json"), *libraries),
+            sources=(str(layout.configs / "envoy.json"), "scripts/local/edge.py", *libraries),
             address=f"127.0.0.1:{layout.edge_port}",
+            stops_children=False,  # it asks Envoy to end when that has finished
         ),
     ]  # fmt: skip
+
+
+def postgresql_account() -> str | None:
+    """Return as whom PostgreSQL runs, which refuses to be root: as the user whom its package makes, or as ourselves."""
+    return "postgres" if os.geteuid() == 0 else None
 
 
 def _rabbitmq_environment(layout: Layout) -> dict[str, str]:

@@ -115,6 +115,10 @@ class Supervisor:
 
         _until(ended, within_seconds=60)  # supervisord kills what is slower than its stopwaitsecs
 
+    def signal(self, name: str, signal: str) -> None:
+        """Send a signal, e.g. `HUP`, to a program that runs."""
+        self._call("signalProcess", name, signal)
+
     def add(self, names: Iterable[str]) -> None:
         for name in names:
             self._call("addProcessGroup", name)
@@ -252,6 +256,13 @@ def _described(port: int, pid: int | None) -> str:
             process = psutil.Process(pid)
             return f"process {pid}: {' '.join(process.cmdline())[:120] or process.name()}"
     return f"another user's process (an administrator sees it by: ss -ltnp 'sport = :{port}')"
+
+
+def children(pid: int) -> list[int]:
+    """Return the process ids of what a process has started and that still runs."""
+    with contextlib.suppress(psutil.Error):
+        return [child.pid for child in psutil.Process(pid).children()]
+    return []
 
 
 def memory_bytes(pid: int) -> int:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from scripts.local import configs, display, health, install, layout, programs
+from scripts.local import configs, display, health, install, layout, postgresql, programs
 from scripts.local.display import console
 from scripts.local.down import stop_all
 from scripts.local.layout import BIN, DATABASES, ROOT, Layout, Process
@@ -24,7 +24,8 @@ FIRST_WAVES = (0, 1)  # what may run before the databases are migrated: brokers 
 
 
 def main(arguments: argparse.Namespace) -> int:
-    mesh = Layout.from_environment(os.environ)
+    asked = {"ATELIER_DATABASE": layout.POSTGRESQL} if arguments.postgres else {}
+    mesh = Layout.from_environment({**os.environ, **asked})
     configs.make_folders(mesh)
     with programs.alone(mesh):
         supervisor = Supervisor(mesh)
@@ -44,7 +45,7 @@ def desired(mesh: Layout) -> tuple[dict[str, str], list[Process]]:
     """Write the settings of a mesh; return the services' environment and the programs that should run.
 
     Raises:
-        CannotStart: Consul or RabbitMQ is missing, or the disk is full.
+        CannotStart: Consul, RabbitMQ or PostgreSQL is missing, or the disk is full.
     """
     free = shutil.disk_usage(mesh.var).free
     if free < ROOM_BYTES:
@@ -56,11 +57,30 @@ def desired(mesh: Layout) -> tuple[dict[str, str], list[Process]]:
         raise CannotStart("Consul or RabbitMQ is missing; scripts/up installs them.")
     keys = configs.make_secrets(mesh)
     configs.write_all(mesh, keys, consul_version=consul_version(consul))
-    environment = layout.mesh_environment(mesh, os.environ, keys["broker"])
-    wanted = layout.processes(mesh, environment, consul=consul, rabbitmq=brokers[-1])
+    databases: dict[str, str] = {}
+    server: tuple[str, ...] = ()
+    if mesh.database == layout.POSTGRESQL:
+        databases, server = postgresql.urls(mesh, keys), own_postgresql(mesh, keys["postgresql"])
+    environment = layout.mesh_environment(mesh, {**databases, **os.environ}, keys["broker"])
+    wanted = layout.processes(mesh, environment, consul=consul, rabbitmq=brokers[-1], postgresql=server)
     prints = {process.name: configs.fingerprint(process.sources) for process in wanted}
     configs.write(mesh.configs / "supervisord.conf", configs.supervisord(mesh, wanted, prints))
     return environment, wanted
+
+
+def own_postgresql(mesh: Layout, password: str) -> tuple[str, ...]:
+    """Return what runs the mesh's own PostgreSQL, whose files are there afterwards.
+
+    Raises:
+        CannotStart: it is missing, or its user cannot get to the files.
+    """
+    written_by = mesh.postgresql / "PG_VERSION"  # no other version reads the files
+    version = written_by.read_text().strip() if written_by.exists() else ""
+    bin_folder = install.postgresql(version or "*")
+    if bin_folder is None:
+        raise CannotStart(f"PostgreSQL {version} is missing; scripts/up --postgres installs Debian's.")
+    postgresql.initialise(bin_folder, mesh.postgresql, password)
+    return postgresql.command(bin_folder, mesh.postgresql, mesh.postgresql_port)
 
 
 def consul_version(program: str) -> tuple[int, int]:
@@ -83,6 +103,7 @@ def start(mesh: Layout, supervisor: Supervisor, wanted: list[Process], environme
     try:
         supervisor.launch(mesh.configs / "supervisord.conf")
         supervisor.start(process.name for process in wanted if process.wave in FIRST_WAVES)
+        provide_databases(mesh, supervisor, wanted)
         migrate(environment)
         wait(mesh, supervisor, wanted, {}, lambda: health.edge_is_certified(mesh))
         supervisor.start(process.name for process in wanted if process.wave not in FIRST_WAVES)
@@ -105,6 +126,7 @@ def change(mesh: Layout, supervisor: Supervisor, wanted: list[Process], environm
         wait_until_ready(mesh, supervisor, wanted, before=programs.restarts(mesh))
         return "The mesh is up already; nothing was changed"
     # The running code stands the newer tables, so that migrating first needs no standstill.
+    provide_databases(mesh, supervisor, wanted)
     migrate(environment)
     before = programs.restarts(mesh)
     supervisor.add(added)
@@ -133,6 +155,16 @@ def batches(processes: Iterable[Process]) -> list[list[Process]]:
         return process.wave, int(number) if number.isdecimal() else 0
 
     return [list(group) for _, group in itertools.groupby(sorted(processes, key=key), key=key)]
+
+
+def provide_databases(mesh: Layout, supervisor: Supervisor, wanted: list[Process]) -> None:
+    """Make each service's database, if PostgreSQL is ours and has it not."""
+    server = [process for process in wanted if process.name == "postgresql"]
+    if server:
+        wait_until_passing(mesh, supervisor, server, programs.restarts(mesh))
+        keys = {name: (mesh.secrets / f"postgresql.{name}").read_text().strip() for name in DATABASES}
+        with postgresql.connect(mesh.postgresql_port, (mesh.secrets / "postgresql").read_text().strip()) as connection:
+            postgresql.provide(connection, keys)
 
 
 def migrate(environment: Mapping[str, str]) -> None:
@@ -214,6 +246,7 @@ def tell(mesh: Layout, supervisor: Supervisor, wanted: list[Process], done: str)
 
 def parser() -> argparse.ArgumentParser:
     described = argparse.ArgumentParser(prog="scripts/up", add_help=False)  # the script itself answers --help
+    described.add_argument("--postgres", action="store_true", help="keep the data in a PostgreSQL of the mesh's own")
     described.add_argument("--replicas", type=_replicas, help="of each service; by default as many as run, or 1")
     return described
 

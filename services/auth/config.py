@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from mesh.config import ServiceConfig
@@ -15,4 +16,4 @@ class Config(ServiceConfig):
     service: ClassVar[str] = "auth"
     model_config = SettingsConfigDict(env_prefix="AUTH_")
 
-    database_url: str
+    database_url: str = Field(repr=False)

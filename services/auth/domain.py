@@ -30,6 +30,9 @@ REVOCATION_LIFE = ACCESS_LIFE + VERIFIER_SKEW
 MAX_REVOCATIONS = 20_000
 """More than the edges and services are asked to remember: then all tokens end, by a new key."""
 
+FORGET = "forget"
+"""The work that one replica does for all; the name of its lock and of its fence."""
+
 
 class RefreshTokenInvalid(Unauthenticated):
     reason = "REFRESH_TOKEN_INVALID"
@@ -102,8 +105,8 @@ class Sessions(Protocol):
     async def revoke(self, session: Session, now: datetime, *, all_sessions: bool) -> None:
         """End a session, or every session of its user, and revoke their access tokens."""
 
-    async def forget(self, now: datetime) -> None:
-        """Drop expired refresh tokens and the sessions that have none left."""
+    async def forget(self, now: datetime, fence: int) -> None:
+        """Drop expired refresh tokens and the sessions that have none left; `fence` is of the work FORGET."""
 
 
 class Revocations(Protocol):

@@ -34,7 +34,7 @@ REFRESH_TOKEN_BYTES = 32  # 256 bits, so that a fast hash of it suffices
 
 
 class AuthService(auth_pb2_grpc.AuthServiceServicer):
-    """Raises MeshError only; the server's interceptors turn it into a status.
+    """Raises MeshError only; the mesh turns it into a status.
 
     Args:
         sessions: where sessions are kept.

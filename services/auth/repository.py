@@ -7,11 +7,13 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Row, delete, exists, func, insert, select, update
+from sqlalchemy import BigInteger, Row, delete, exists, func, insert, select, type_coerce, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from mesh import lock
 from mesh.database import Database, insert_if_absent
 from services.auth.domain import (
+    FORGET,
     RefreshToken,
     Revocation,
     Session,
@@ -22,7 +24,7 @@ from services.auth.domain import (
     session_revocation,
     session_revoked,
 )
-from services.auth.tables import refresh_token, signing_key
+from services.auth.tables import lock_table, refresh_token, signing_key
 from services.auth.tables import revocation as revocation_table
 from services.auth.tables import session as session_table
 
@@ -52,9 +54,9 @@ class SqlSessions:
         async with self._database.transaction() as connection:
             token = require_live(await _token(connection, token_hash), now)
             session_id = token.session_id
-            revoke_time = await connection.scalar(
-                select(session_table.c.revoke_time).where(session_table.c.session_id == session_id)
-            )
+            # Locked: whoever ends the session meanwhile comes before or after this exchange, and then knows of it.
+            session = select(session_table.c.revoke_time).where(session_table.c.session_id == session_id)
+            revoke_time = await connection.scalar(session.with_for_update())
             revoked = revoke_time is not None
             if not revoked and replayed(token, now):
                 await _revoke(connection, session_table.c.session_id == session_id, now)
@@ -74,9 +76,10 @@ class SqlSessions:
         async with self._database.transaction() as connection:
             await _revoke(connection, every if all_sessions else one, now)
 
-    async def forget(self, now: datetime) -> None:
+    async def forget(self, now: datetime, fence: int) -> None:
         kept = exists().where(refresh_token.c.session_id == session_table.c.session_id)
         async with self._database.transaction() as connection:
+            await lock.require(connection, lock_table, FORGET, fence)
             await connection.execute(delete(refresh_token).where(refresh_token.c.expire_time <= now))
             await connection.execute(delete(session_table).where(~kept))
 
@@ -93,7 +96,10 @@ class SqlRevocations:
 
     async def version(self) -> object:
         async with self._database.reading() as connection:
-            counted = select(func.count(), func.max(revocation_table.c.expire_time))
+            # The sum as well: one that is not the last to expire may come as another goes. A sum of remainders, since
+            # SQLite's have 63 bits; those that trade places expire less than 2^31 microseconds apart.
+            expiry = type_coerce(revocation_table.c.expire_time, BigInteger)
+            counted = select(func.count(), func.max(expiry), func.sum(expiry % 2**31))
             return tuple((await connection.execute(counted)).one())
 
     async def all(self) -> list[Revocation]:
@@ -136,14 +142,17 @@ async def _token(connection: AsyncConnection, token_hash: bytes) -> RefreshToken
 
 async def _revoke(connection: AsyncConnection, which: Any, now: datetime) -> None:
     """End sessions, and revoke the access tokens of those that may have valid ones."""
-    ending = which & session_table.c.revoke_time.is_(None)
+    ending = select(session_table.c.session_id).where(which, session_table.c.revoke_time.is_(None))
+    # Locked before their tokens are looked at; in one order, so that two who end several do not wait for each other.
+    found = await connection.scalars(ending.order_by(session_table.c.session_id).with_for_update())
+    ended = session_table.c.session_id.in_(found.all())
     recent = exists().where(
         refresh_token.c.session_id == session_table.c.session_id,
         refresh_token.c.expire_time > recently_refreshed(now),
     )
-    found = await connection.scalars(select(session_table.c.session_id).where(ending, recent))
-    await _refuse(connection, [session_revocation(session_id, now) for session_id in found], now)
-    await connection.execute(update(session_table).where(ending).values(revoke_time=now))
+    in_use = await connection.scalars(select(session_table.c.session_id).where(ended, recent))
+    await _refuse(connection, [session_revocation(session_id, now) for session_id in in_use], now)
+    await connection.execute(update(session_table).where(ended).values(revoke_time=now))
 
 
 async def _refuse(connection: AsyncConnection, revocations: Sequence[Revocation], now: datetime) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import Column, ForeignKey, Integer, LargeBinary, MetaData, Table, Text
 
+from mesh import lock
 from mesh.database import Timestamp
 
 metadata = MetaData()
@@ -42,3 +43,5 @@ signing_key = Table(
     Column("private_pem", Text, nullable=False),
     Column("sign_time", Timestamp, nullable=False),
 )
+
+lock_table = lock.table(metadata)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from mesh.clock import Clock
-from mesh.service import Background, every
-from services.auth.domain import Sessions
+from mesh.lock import Locks
+from mesh.service import Background
+from services.auth.domain import FORGET, Sessions
 
 FORGET_SECONDS = 3600.0
 
@@ -16,10 +17,10 @@ class Upkeep:
         self._sessions = sessions
         self._clock = clock
 
-    def work(self) -> list[Background]:
-        """Return what must run for ever."""
-        return [every(FORGET_SECONDS, self.forget)]
+    def work(self, locks: Locks) -> list[Background]:
+        """Return what must run for ever, on one replica."""
+        return [locks.alone(FORGET, FORGET_SECONDS, self.forget)]
 
-    async def forget(self) -> None:
+    async def forget(self, fence: int) -> None:
         """Forget once."""
-        await self._sessions.forget(self._clock.now())
+        await self._sessions.forget(self._clock.now(), fence)

@@ -7,7 +7,7 @@ from atelier.storage.v1.storage_pb2_grpc import add_StorageServiceServicer_to_se
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub
 from atelier.user.v1.user_pb2_grpc import UserServiceStub
 
-from mesh import broker, certificates, channel, contract, database, service
+from mesh import broker, certificates, channel, contract, database, lock, service
 from services.storage.blobs import FolderBlobs
 from services.storage.config import Config
 from services.storage.consumers import TaskEvents
@@ -16,6 +16,7 @@ from services.storage.http import UPLOAD, BytesEndpoints
 from services.storage.keeping import Keeping
 from services.storage.peers import MeshQuota, MeshTasks
 from services.storage.repository import SqlFiles
+from services.storage.tables import lock_table
 from services.storage.upkeep import Upkeep
 
 
@@ -30,6 +31,7 @@ async def main(config: Config) -> None:
         files, blobs, key = SqlFiles(sql), FolderBlobs(config.blobs_dir), config.secret("capability.key")
         keeping = Keeping(files, blobs, MeshQuota(UserServiceStub(user)), MeshTasks(TaskServiceStub(task)))
         upkeep = Upkeep(files, blobs, keeping, sweep_seconds=config.sweep_seconds, grace_seconds=config.grace_seconds)
+        locks = lock.Locks(config, sql, lock_table)
         limit_bytes = contract.installed().methods[UPLOAD].max_request_bytes  # the edge's, too
         await service.serve(
             config,
@@ -37,7 +39,7 @@ async def main(config: Config) -> None:
             partial(add_StorageServiceServicer_to_server, StorageService(files, keeping, key)),
             http=BytesEndpoints(files, blobs, keeping, key, limit_bytes).by_rpc(),
             dependencies=[sql.check],  # not the broker: without it results are confirmed by asking the task service
-            background=[*upkeep.work(), *TaskEvents(files).work(bus)],
+            background=[*upkeep.work(locks), *TaskEvents(files).work(bus)],
         )
 
 

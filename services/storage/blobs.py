@@ -34,8 +34,10 @@ class FolderBlobs:
 
     @asynccontextmanager
     async def received(self, chunks: AsyncIterator[bytes], limit_bytes: int) -> AsyncIterator[Incoming]:
+        # On the event loop on purpose, as in `remove`: in a thread it could outlive a cancelled caller, and then nobody
+        # would discard it.
         with _disk_errors_told():
-            part = await asyncio.to_thread(_Part, self._incoming / uuid.uuid4().hex)
+            part = _Part(self._incoming / uuid.uuid4().hex)
         try:
             buffer = bytearray()
             async for chunk in chunks:
@@ -47,8 +49,9 @@ class FolderBlobs:
             await part.write(bytes(buffer))
             yield part
         finally:
-            # A thread that still writes for a cancelled caller fails on the closed file, nothing else.
-            await asyncio.to_thread(part.discard)
+            # A thread that still writes for a cancelled caller fails on the closed file, nothing else. Shielded: a
+            # deadline that comes only now must not leave the bytes behind.
+            await asyncio.shield(asyncio.to_thread(part.discard))
 
     async def keep(self, incoming: Incoming) -> None:
         if not isinstance(incoming, _Part):

@@ -17,7 +17,7 @@ class Config(ServiceConfig):
     service: ClassVar[str] = "storage"
     model_config = SettingsConfigDict(env_prefix="STORAGE_")
 
-    database_url: str
+    database_url: str = Field(repr=False)
     blobs_dir: Path
     """Shared by all replicas, on a disk of this machine."""
     sweep_seconds: float = Field(default=3600, ge=1)

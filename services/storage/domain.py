@@ -21,6 +21,7 @@ from mesh.errors import (
 )
 
 MAX_NAME_LENGTH = 255
+SWEEP = "sweep"  # the work that one replica does for all: the name of its lock and of its fence
 HEAD_BYTES = 4096  # enough for every signature we know, and for the prologue of an SVG
 
 
@@ -196,11 +197,11 @@ class Files(Protocol):
     async def known_contents(self, prefix: str) -> Collection[str]:
         """Return every SHA-256 with `prefix` that a row has."""
 
-    def unused(self, sha256: str) -> AbstractAsyncContextManager[bool]:
-        """Say whether no row has this content, and keep it so until the end."""
+    def unused(self, sha256: str, fence: int | None = None) -> AbstractAsyncContextManager[bool]:
+        """Say whether no row has this content, and keep it so until the end; a sweep gives its fence."""
 
-    async def forget(self) -> None:
-        """Remove request ids and event ids that are past their time."""
+    async def forget(self, fence: int) -> None:
+        """Remove request ids and event ids that are past their time; `fence` is of the work SWEEP."""
 
 
 class Quota(Protocol):

@@ -19,7 +19,7 @@ class ServedOverHttp(Unimplemented):
 
 
 class StorageService(storage_pb2_grpc.StorageServiceServicer):
-    """Raises MeshError only; the server's interceptors turn it into a status."""
+    """Raises MeshError only; the mesh turns it into a status."""
 
     def __init__(self, files: Files, keeping: Keeping, capability_key: str) -> None:
         self._files = files

@@ -24,8 +24,8 @@ SERVICE = "/atelier.storage.v1.StorageService/"
 UPLOAD = f"{SERVICE}UploadFile"
 
 
-class QueryParameterUnknown(InvalidArgument):
-    reason = "QUERY_PARAMETER_UNKNOWN"
+class QueryMalformed(InvalidArgument):
+    reason = "QUERY_MALFORMED"
 
 
 class BytesEndpoints:
@@ -177,7 +177,7 @@ def _names(if_none_match: str, etag: str) -> bool:
 def _require_query(request: Request, known: tuple[str, ...]) -> None:
     for parameter in request.query_params:
         if parameter not in known:
-            raise QueryParameterUnknown(
+            raise QueryMalformed(
                 f"There is no query parameter {parameter} here; known: {', '.join(known) or 'none'}.",
                 metadata={"parameter": parameter, "known": ", ".join(known)},
             )

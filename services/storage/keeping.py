@@ -102,9 +102,9 @@ class Keeping:
         if await self._files.undo(file.file_id):
             await self._clear(file)
 
-    async def remove_unused(self, sha256: str) -> None:
-        """Remove bytes, unless a row has them."""
-        async with self._files.unused(sha256) as unused:
+    async def remove_unused(self, sha256: str, fence: int | None = None) -> None:
+        """Remove bytes, unless a row has them; a sweep gives its fence."""
+        async with self._files.unused(sha256, fence) as unused:
             if unused:
                 await self._blobs.remove(sha256)
 

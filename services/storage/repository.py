@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Row, delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh import idempotency, inbox
-from mesh.database import Database, insert_if_absent, now
-from services.storage.domain import File, FileNotFound, NewFile, Usage, fingerprint
-from services.storage.tables import debt, file, idempotency_table, inbox_table
+from mesh import idempotency, inbox, lock
+from mesh.database import Database, advisory_lock, insert_if_absent, now
+from services.storage.domain import SWEEP, File, FileNotFound, NewFile, Usage, fingerprint
+from services.storage.tables import debt, file, idempotency_table, inbox_table, lock_table
 
 SOME = 100  # rows that one round of upkeep takes at most, so that a round stays short
 EVENTS_KEPT = timedelta(days=7)  # far longer than the broker redelivers
@@ -28,13 +28,8 @@ class SqlFiles:
 
     async def begin(self, new: NewFile, request_id: str) -> File:
         async with self._database.transaction() as connection:
-            if new.task_id is not None:
-                first = await _one(connection, _of_attempt(new.task_id, new.attempt))
-                if first is not None and (first.ready or first.sha256 == new.sha256):
-                    return first
-                # An earlier write broke off with other bytes: this one takes its place.
-                await _take_away(connection, _of_attempt(new.task_id, new.attempt))
-            elif request_id:
+            await advisory_lock(connection, new.sha256)  # see `unused`
+            if request_id and new.task_id is None:
                 file_id, fresh = await idempotency.adopt(
                     connection,
                     idempotency_table,
@@ -53,7 +48,13 @@ class SqlFiles:
                 ready=False,
                 confirmed=new.task_id is None,
             )
-            await connection.execute(insert(file).values(dataclasses.asdict(begun)))
+            # Only a result can be in another's way: its attempt's first.
+            while not await insert_if_absent(connection, file, dataclasses.asdict(begun)):
+                first = await _one(connection, _of_attempt(new.task_id, new.attempt))
+                if first is not None and (first.ready or first.sha256 == new.sha256):
+                    return first
+                # An earlier write broke off with other bytes: this one takes its place.
+                await _take_away(connection, _of_attempt(new.task_id, new.attempt) & ~file.c.ready)
         return begun
 
     async def finish(self, file_id: str) -> File | None:
@@ -135,17 +136,20 @@ class SqlFiles:
             return set((await connection.execute(known)).scalars())
 
     @asynccontextmanager
-    async def unused(self, sha256: str) -> AsyncIterator[bool]:
-        # It stays so because SQLite has one writer: no row can come while this transaction lasts, and an upload
-        # brings its own bytes after its row. A database with several writers needs a lock on the content, here
-        # and in `begin`.
+    async def unused(self, sha256: str, fence: int | None = None) -> AsyncIterator[bool]:
+        # It stays so: no row can come while this transaction lasts, since `begin` takes the same lock, and an upload
+        # brings its own bytes after its row.
         async with self._database.transaction() as connection:
+            if fence is not None:
+                await lock.require(connection, lock_table, SWEEP, fence)
+            await advisory_lock(connection, sha256)
             yield await _one(connection, file.c.sha256 == sha256) is None
 
-    async def forget(self) -> None:
+    async def forget(self, fence: int) -> None:
         more = True
         while more:
             async with self._database.transaction() as connection:
+                await lock.require(connection, lock_table, SWEEP, fence)
                 keys = await idempotency.forget(connection, idempotency_table)
                 more = await inbox.forget(connection, inbox_table, EVENTS_KEPT) or keys
 
@@ -160,7 +164,7 @@ def _visible(user_id: str, file_id: str) -> ColumnElement[bool]:
     return (file.c.file_id == file_id) & (file.c.user_id == user_id) & file.c.ready
 
 
-def _of_attempt(task_id: str, attempt: int | None) -> ColumnElement[bool]:
+def _of_attempt(task_id: str | None, attempt: int | None) -> ColumnElement[bool]:
     return (file.c.task_id == task_id) & (file.c.attempt == attempt)
 
 
@@ -171,9 +175,10 @@ async def _one(connection: AsyncConnection, which: ColumnElement[bool]) -> File 
 
 async def _take_away(connection: AsyncConnection, which: ColumnElement[bool]) -> File | None:
     """Delete a row with its request id, and note the debt."""
-    taken = await _one(connection, which)
+    # Looked at and deleted by one statement: nobody can make it ready, or take it, in between.
+    row = (await connection.execute(delete(file).where(which).returning(*file.c))).one_or_none()
+    taken = None if row is None else _from_row(row)
     if taken is not None:
-        await connection.execute(delete(file).where(file.c.file_id == taken.file_id))
         # A later call with the key must not be told of a file that is no more.
         await connection.execute(delete(idempotency_table).where(idempotency_table.c.resource_id == taken.file_id))
         await _owe(connection, taken.file_id)

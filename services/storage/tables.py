@@ -15,7 +15,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-from mesh import idempotency, inbox
+from mesh import idempotency, inbox, lock
 from mesh.database import Timestamp
 
 metadata = MetaData()
@@ -52,3 +52,4 @@ debt = Table(
 
 idempotency_table = idempotency.table(metadata)
 inbox_table = inbox.table(metadata)
+lock_table = lock.table(metadata)

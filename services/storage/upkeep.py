@@ -1,9 +1,10 @@
-"""What no request does: puts right what broke off halfway, and removes what nobody has. Every replica does it."""
+"""What no request does: puts right what broke off halfway, and removes what nobody has."""
 
 from __future__ import annotations
 
+from mesh.lock import Locks
 from mesh.service import Background, every
-from services.storage.domain import Blobs, Files
+from services.storage.domain import SWEEP, Blobs, Files
 from services.storage.keeping import Keeping, tried
 
 TEND_SECONDS = 15.0
@@ -31,9 +32,9 @@ class Upkeep:
         self._sweep_seconds = sweep_seconds
         self._grace_seconds = grace_seconds
 
-    def work(self) -> list[Background]:
-        """Return what must run for ever."""
-        return [every(TEND_SECONDS, self.tend), every(self._sweep_seconds, self.sweep)]
+    def work(self, locks: Locks) -> list[Background]:
+        """Return what must run for ever: on every replica what people wait for, on one what nobody misses for a day."""
+        return [every(TEND_SECONDS, self.tend), locks.alone(SWEEP, self._sweep_seconds, self.sweep)]
 
     async def tend(self) -> None:
         """Undo what broke off, settle what waits for a task, and give quota back."""
@@ -44,10 +45,11 @@ class Upkeep:
         for file_id in await self._files.debts():
             await tried(self._keeping.give_back(file_id))
 
-    async def sweep(self) -> None:
+    async def sweep(self, fence: int) -> None:
         """Remove bytes that no row has, and ids that are past their time."""
-        await self._files.forget()
+        await self._files.forget(fence)
+        # Without a fence: they are judged by their age alone, and whoever was stopped meanwhile takes only older ones.
         await self._blobs.remove_leftovers(self._grace_seconds)
         async for prefix, contents in self._blobs.older_than(self._grace_seconds):
             for sha256 in set(contents) - set(await self._files.known_contents(prefix)):
-                await self._keeping.remove_unused(sha256)
+                await self._keeping.remove_unused(sha256, fence)

@@ -7,7 +7,7 @@ from atelier.storage.v1.storage_pb2_grpc import StorageServiceStub
 from atelier.task.v1.task_pb2_grpc import add_TaskServiceServicer_to_server
 from atelier.user.v1.user_pb2_grpc import UserServiceStub
 
-from mesh import broker, certificates, channel, database, outbox, service
+from mesh import broker, certificates, channel, database, lock, outbox, service
 from mesh.clock import SystemClock
 from services.task import convert, handlers, repository, tables, upkeep, watch
 from services.task.config import Config
@@ -26,6 +26,7 @@ async def main(config: Config) -> None:
         tasks.after_commit(watches.changed, lambda _: relay.wake())
         peers, key = (StorageServiceStub(storage), UserServiceStub(user)), config.secret("capability.key")
         keeper = upkeep.Upkeep(tasks, bus, config.terms)
+        work = keeper.work(lock.Locks(config, sql, tables.lock_table))
         servicer = handlers.TaskService(
             tasks, watches, *peers, capability_key=key, terms=config.terms, is_unserved=keeper.is_unserved, clock=clock
         )
@@ -34,7 +35,7 @@ async def main(config: Config) -> None:
             leaf,
             partial(add_TaskServiceServicer_to_server, servicer),
             dependencies=[sql.check],  # not the broker: without it tasks are taken, and go out later
-            background=[relay.run, *watches.work(bus), *keeper.work()],
+            background=[relay.run, *watches.work(bus), *work],
             degraded=keeper.degraded,
         )
 

@@ -19,7 +19,7 @@ class Config(ServiceConfig):
     live: ClassVar[frozenset[str]] = ServiceConfig.live | {"attempts", "backoff_seconds", "kept_days"}
     model_config = SettingsConfigDict(env_prefix="TASK_")
 
-    database_url: str
+    database_url: str = Field(repr=False)
     lease_seconds: float = 15.0
     attempts: int = Field(default=3, ge=1, le=20)
     backoff_seconds: float = Field(default=1.0, ge=0, le=3600)

@@ -27,6 +27,7 @@ SUPPORTED_INPUTS = (
     "image/tiff",
     "image/webp",
 )
+FORGET = "forget"  # the work that one replica does for all: the name of its lock and of its fence
 POOL = "cpu"  # every operation of today runs there
 RESERVATION_AGE = timedelta(seconds=60)  # the user service gives back what is older than two minutes and has no task
 # A turn of weight 1 is as long as the largest weight, so that everybody's is a whole number; decision 0019.
@@ -366,11 +367,14 @@ class Tasks(Protocol):
     async def overdue(self, pool: str, waited: timedelta) -> int:
         """Count the tasks of a pool that could have been claimed for at least `waited`."""
 
-    async def cut(self, kept: timedelta, at_most: int) -> int:
-        """Delete tasks that ended longer ago than `kept`, with their events; return how many, `at_most` at a time."""
+    async def cut(self, kept: timedelta, at_most: int, fence: int) -> int:
+        """Delete tasks that ended longer ago than `kept`, with their events; return how many, `at_most` at a time.
 
-    async def forget(self) -> None:
-        """Delete idempotency keys that are too old to be repeated."""
+        `fence` is of the work FORGET.
+        """
+
+    async def forget(self, fence: int) -> None:
+        """Delete idempotency keys that are too old to be repeated; `fence` is of the work FORGET."""
 
 
 def reservation_id(task_id: str, round_: int) -> str:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class TaskService(task_pb2_grpc.TaskServiceServicer):
-    """Raises MeshError only; the server's interceptors turn it into a status.
+    """Raises MeshError only; the mesh turns it into a status.
 
     Args:
         tasks: where tasks are kept.

@@ -24,9 +24,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh import idempotency, outbox
+from mesh import idempotency, lock, outbox
 from mesh.database import Database, Timestamp, insert_if_absent, now
 from services.task.domain import (
+    FORGET,
     Batch,
     Change,
     DeadQuery,
@@ -45,7 +46,15 @@ from services.task.domain import (
     require_found,
     turns,
 )
-from services.task.tables import QUEUED, RUNNING, UNENDED, idempotency_table, outbox_table, taking_turns
+from services.task.tables import (
+    QUEUED,
+    RUNNING,
+    UNENDED,
+    idempotency_table,
+    lock_table,
+    outbox_table,
+    taking_turns,
+)
 from services.task.tables import task as task_table
 from services.task.tables import task_batch as batch_table
 from services.task.tables import task_event as event_table
@@ -237,14 +246,17 @@ class SqlTasks:
             due = _due(pool, await now(connection) - waited)
             return (await connection.execute(select(func.count()).where(*due))).scalar_one()
 
-    async def forget(self) -> None:
+    async def forget(self, fence: int) -> None:
         more = True
         while more:
             async with self._database.transaction() as connection:
+                await lock.require(connection, lock_table, FORGET, fence)
                 more = await idempotency.forget(connection, idempotency_table)
 
-    async def cut(self, kept: timedelta, at_most: int) -> int:
+    async def cut(self, kept: timedelta, at_most: int, fence: int) -> int:
         async with self._database.transaction() as connection:
+            # One at a time: of two that each delete one of a batch's last tasks, neither would see the batch empty.
+            await lock.require(connection, lock_table, FORGET, fence)
             old = (
                 select(task_table.c.task_id, task_table.c.batch_id)
                 .where(task_table.c.end_time < await now(connection) - kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import JSON, BigInteger, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table, text
 
-from mesh import idempotency, outbox
+from mesh import idempotency, lock, outbox
 from mesh.database import Timestamp
 
 metadata = MetaData()
@@ -138,3 +138,4 @@ task_event = Table(
 
 outbox_table = outbox.table(metadata)
 idempotency_table = idempotency.table(metadata)
+lock_table = lock.table(metadata)

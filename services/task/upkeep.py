@@ -1,6 +1,7 @@
 """What no request does: takes tasks from lost workers, ends late ones, and replaces permits that the broker lost.
 
-Every replica runs one. Each step judges anew inside its transaction, so that two at once do no harm.
+Every replica runs one, and needs no lock: each step judges anew inside its transaction, so that two at once do no harm.
+Only what nobody misses for a day is left to one replica.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Protocol
 
 from mesh import ids
 from mesh.errors import Unavailable
+from mesh.lock import Locks
 from mesh.outbox import Message
 from mesh.service import Background, every
 from services.task import convert, domain
@@ -73,15 +75,14 @@ class Upkeep:
         # While no replica ran, no worker could renew: each gets one lease to say that it lives.
         self._reap_from = monotonic() + (terms().lease + terms().slack).total_seconds()
 
-    def work(self) -> list[Background]:
+    def work(self, locks: Locks) -> list[Background]:
         """Return what must run for ever: apart, so that a broker that is away does not keep lost tasks waiting."""
         return [
             every(REAP_SECONDS, self.reap),
             every(REAP_SECONDS, self.end_late),
             every(REPLENISH_SECONDS, self.replenish),
             every(LOOK_SECONDS, self.look_for_workers),
-            every(FORGET_SECONDS, self._tasks.forget),
-            every(FORGET_SECONDS, self.cut),
+            locks.alone(domain.FORGET, FORGET_SECONDS, self.forget),
         ]
 
     def is_unserved(self, pool: str) -> bool:
@@ -129,9 +130,10 @@ class Upkeep:
                 await self._tasks.change(task_id, domain.overran)
             full = len(late) == AT_ONCE
 
-    async def cut(self) -> None:
-        """Delete the tasks that ended longer ago than they are kept."""
-        while await self._tasks.cut(self._terms().kept, CUT_AT_ONCE) == CUT_AT_ONCE:
+    async def forget(self, fence: int) -> None:
+        """Delete keys that nobody repeats any more, and tasks that ended longer ago than they are kept."""
+        await self._tasks.forget(fence)
+        while await self._tasks.cut(self._terms().kept, CUT_AT_ONCE, fence) == CUT_AT_ONCE:
             pass  # each step lets those who wait write before the next
 
     async def replenish(self) -> None:

@@ -7,13 +7,14 @@ from atelier.auth.v1.auth_pb2_grpc import AuthServiceStub
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub
 from atelier.user.v1.user_pb2_grpc import add_UserServiceServicer_to_server
 
-from mesh import broker, certificates, channel, database, service
+from mesh import broker, certificates, channel, database, lock, service
 from mesh.clock import SystemClock
 from services.user.config import Config
 from services.user.consumers import TaskEvents
 from services.user.handlers import UserService
 from services.user.passwords import Argon2Passwords
 from services.user.repository import SqlAccounts, SqlQuotas
+from services.user.tables import lock_table
 from services.user.upkeep import Upkeep
 
 
@@ -35,7 +36,7 @@ async def main(config: Config) -> None:
             leaf,
             partial(add_UserServiceServicer_to_server, users),
             dependencies=[sql.check],
-            background=[*upkeep.work(), *TaskEvents(quotas, clock).work(bus)],
+            background=[*upkeep.work(lock.Locks(config, sql, lock_table)), *TaskEvents(quotas, clock).work(bus)],
         )
 
 

@@ -22,6 +22,7 @@ from mesh.errors import (
 GIB = 1024**3
 
 HOLD_BEFORE_ASKING = timedelta(minutes=2)
+FORGET = "forget"  # the work that one replica does for all: the name of its lock and of its fence
 """How long a held reservation is left alone. The task service commits no task more than a minute after its reserve."""
 
 
@@ -226,8 +227,11 @@ class Accounts(Protocol):
     async def note_revoked(self, generation_id: str) -> None:
         """Note that a generation has been revoked."""
 
-    async def forget(self) -> None:
-        """Drop what is kept only to recognise repeated requests and events that can no longer come."""
+    async def forget(self, fence: int) -> None:
+        """Drop what is kept only to recognise repeated requests and events that can no longer come.
+
+        `fence` is of the work FORGET.
+        """
 
 
 class Quotas(Protocol):
@@ -352,8 +356,9 @@ def exceeded(account: Account, kind: Kind, usage: Usage, amount: int, now: datet
     return QuotaExceeded(
         f"The quota of {kind.value} is {limit}: {used} used, {amount} more asked for.",
         metadata={"metric": kind.value, "limit": str(limit), "used": str(used), "requested": str(amount)},
-        # Storage is freed by deleting, not by waiting.
-        retry_after_seconds=(reset_time(now) - now).total_seconds() if kind is Kind.TASKS else None,
+        # The tasks of a month come back with the next one; storage is freed by deleting, and what is too much for an
+        # empty month is so for every one.
+        retry_after_seconds=(reset_time(now) - now).total_seconds() if kind is Kind.TASKS and amount <= limit else None,
     )
 
 

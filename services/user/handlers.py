@@ -32,7 +32,7 @@ from services.user.domain import (
 
 
 class UserService(user_pb2_grpc.UserServiceServicer):
-    """Raises MeshError only; the server's interceptors turn it into a status.
+    """Raises MeshError only; the mesh turns it into a status.
 
     Args:
         accounts: where accounts are kept.

@@ -12,10 +12,11 @@ from sqlalchemy import ColumnElement, Row, delete, func, insert, select, union_a
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh import idempotency, inbox
+from mesh import idempotency, inbox, lock
 from mesh.database import Database, insert_if_absent
 from mesh.errors import MeshError
 from services.user.domain import (
+    FORGET,
     Account,
     EmailTaken,
     Kind,
@@ -32,7 +33,15 @@ from services.user.domain import (
     succeeded,
 )
 from services.user.tables import account as account_table
-from services.user.tables import counter, ended_generation, idempotency_table, inbox_table, ledger, reservation
+from services.user.tables import (
+    counter,
+    ended_generation,
+    idempotency_table,
+    inbox_table,
+    ledger,
+    lock_table,
+    reservation,
+)
 
 REDELIVERED_WITHIN = timedelta(days=30)
 """An event that waited longer, in a queue nobody served or as a dead letter, finds a reservation that is final."""
@@ -115,10 +124,11 @@ class SqlAccounts:
         async with self._database.transaction() as connection:
             await connection.execute(delete(ended_generation).where(ended_generation.c.generation_id == generation_id))
 
-    async def forget(self) -> None:
+    async def forget(self, fence: int) -> None:
         more = True
         while more:
             async with self._database.transaction() as connection:
+                await lock.require(connection, lock_table, FORGET, fence)
                 keys = await idempotency.forget(connection, idempotency_table)
                 more = await inbox.forget(connection, inbox_table, REDELIVERED_WITHIN) or keys
 
@@ -176,6 +186,7 @@ class SqlQuotas:
                 reservation.c.state == State.HELD,
                 reservation.c.update_time < held_before,
             )
+            still = still.with_for_update()  # a repeated `reserve` has it wait anew
             if (await connection.execute(still)).one_or_none() is not None:
                 await _move(connection, reservation_id, target, now)
 

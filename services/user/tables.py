@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import BigInteger, CheckConstraint, Column, ForeignKey, Index, Integer, MetaData, Table, Text
 
-from mesh import idempotency, inbox
+from mesh import idempotency, inbox, lock
 from mesh.database import Timestamp
 
 metadata = MetaData()
@@ -74,3 +74,4 @@ ledger = Table(
 
 inbox_table = inbox.table(metadata)
 idempotency_table = idempotency.table(metadata)
+lock_table = lock.table(metadata)

@@ -9,8 +9,9 @@ from atelier.task.v1 import task_pb2, task_pb2_grpc
 
 from mesh.clock import Clock
 from mesh.errors import MeshError, NotFound
+from mesh.lock import Locks
 from mesh.service import Background, every
-from services.user.domain import HOLD_BEFORE_ASKING, Accounts, Quotas, State
+from services.user.domain import FORGET, HOLD_BEFORE_ASKING, Accounts, Quotas, State
 
 ASK_SECONDS = 30.0
 REVOKE_SECONDS = 0.25  # a change by any replica has a second to take effect
@@ -46,12 +47,12 @@ class Upkeep:
         self._auth = auth
         self._clock = clock
 
-    def work(self) -> list[Background]:
-        """Return what must run for ever."""
+    def work(self, locks: Locks) -> list[Background]:
+        """Return what must run for ever: on every replica what people wait for, on one what nobody misses for a day."""
         return [
             every(ASK_SECONDS, self.ask),
             every(REVOKE_SECONDS, self.revoke),
-            every(FORGET_SECONDS, self._accounts.forget),
+            locks.alone(FORGET, FORGET_SECONDS, self._accounts.forget),
         ]
 
     async def ask(self) -> None:

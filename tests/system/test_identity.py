@@ -105,6 +105,10 @@ async def test_a_services_token_is_good_for_itself_alone(layout: Layout) -> None
             storage.put("kv/config/auth", content=b"{}"),
             storage.put("kv/config/storage", content=b"{}"),
             storage.put("agent/service/register", json={"Name": "auth", "ID": "auth-9", "Port": 1}),
+            storage.put("kv/locks/auth/forget", content=b"storage-1"),
+            storage.post(
+                "connect/intentions", json={"SourceName": "edge", "DestinationName": "storage", "Action": "allow"}
+            ),
             storage.get("acl/tokens"),
             storage.get("connect/ca/configuration"),
             nobody.get("agent/connect/ca/leaf/auth"),

@@ -17,7 +17,7 @@ from tests.photographs import photograph
 from tests.system.test_main_job import upload, watched
 
 
-async def test_no_read_fails_when_a_replica_is_killed(mesh: Mesh, person: Person) -> None:
+async def test_no_read_fails_when_a_replica_is_killed(mesh: Mesh, person: Person) -> None:
     file = await upload(person, photograph())
     created = await person.http.post(
         "tasks", json={"inputFileId": file["fileId"], "operation": {"resize": {"width": 64}}}

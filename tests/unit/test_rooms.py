@@ -105,17 +105,24 @@ def test_the_mesh_knows_no_contract_but_policy_and_its_own() -> None:
     assert wrong == []
 
 
-def test_a_service_reaches_others_through_the_meshs_channel_only() -> None:
-    own = {"insecure_channel", "secure_channel"}
-    wrong = [
-        f"{path}:{node.lineno}"
-        for path, tree in modules("services")
-        for node in ast.walk(tree)
-        if (isinstance(node, ast.Attribute) and node.attr in own)
-        or (isinstance(node, ast.ImportFrom) and any(alias.name in own for alias in node.names))
-    ]
+CHANNELS_OF_THEIR_OWN = {
+    "services/task/handlers.py": "CHANNEL = grpc.aio.insecure_channel('user:1')",
+    "services/storage/peers.py": "from grpc.aio import secure_channel",
+    "services/media/worker/__main__.py": "from grpc import aio; CHANNEL = aio.secure_channel('task:1', None)",
+    "mesh/identity.py": "CHANNEL = grpc.insecure_channel('auth:1')",
+}
 
-    assert wrong == []
+
+def test_a_call_by_another_channel_than_the_meshs_is_noticed(copy: Path) -> None:
+    """R-07: only on the mesh's channel has every stub a deadline."""
+    for path, line in CHANNELS_OF_THEIR_OWN.items():
+        with (copy / path).open("a") as file:
+            file.write(f"\nimport grpc\n{line}\n")
+
+    code, said = run(str(BIN / "ruff"), "check", "--no-cache", "--output-format=concise", "--select=TID251", cwd=copy)
+
+    assert code != 0
+    assert {line.split(":")[0] for line in said.splitlines() if "TID251" in line} == set(CHANNELS_OF_THEIR_OWN), said
 
 
 def test_a_service_sets_no_status_itself() -> None:

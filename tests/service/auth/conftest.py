@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import jwt
 import pytest
@@ -15,13 +14,14 @@ from atelier.auth.v1 import auth_pb2, auth_pb2_grpc
 from atelier.mesh.v1 import identity_pb2, identity_pb2_grpc
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 
-from mesh import database, migrations
+from mesh import database
 from mesh.database import Database
 from mesh.errors import MeshError
 from services.auth.feed import Feed
 from services.auth.handlers import AuthService, IdentityService
 from services.auth.keys import KeyRing
 from services.auth.repository import SqlKeys, SqlRevocations, SqlSessions
+from tests.databases import NewDatabase
 from tests.held_clock import HeldClock
 from tests.mesh_server import Server, serving
 
@@ -109,9 +109,8 @@ class Home:
 
 
 @pytest.fixture
-async def home(tmp_path: Path) -> AsyncIterator[Home]:
-    url = f"sqlite+aiosqlite:///{tmp_path}/auth.db"
-    await migrations.upgrade("auth", url)
+async def home(new_database: NewDatabase) -> AsyncIterator[Home]:
+    url = await new_database("auth")
     users, clock = StubUsers(), HeldClock()
     async with (
         database.opened(url) as sql,

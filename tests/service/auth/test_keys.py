@@ -8,11 +8,13 @@ import pytest
 from atelier.auth.v1 import auth_pb2
 from atelier.mesh.v1 import identity_pb2
 
-from mesh import database, migrations
+from mesh import database
 from mesh.errors import PermissionDenied
 from services.auth.domain import ACCESS_LIFE, KEY_LEAD, KEY_LIFE, VERIFIER_SKEW
 from services.auth.keys import KeyRing
 from services.auth.repository import SqlKeys
+from tests.databases import on_sqlite
+from tests.held_clock import HeldClock
 
 SECOND = timedelta(seconds=1)
 
@@ -70,11 +72,10 @@ async def test_a_key_is_replaced_by_itself_when_it_has_served_its_time(home):
     assert len(key_ids(await home.published())) == 2
 
 
-async def test_replicas_that_start_together_make_one_key(home, tmp_path):
-    url = f"sqlite+aiosqlite:///{tmp_path}/fresh.db"
-    await migrations.upgrade("auth", url)
+async def test_replicas_that_start_together_make_one_key(new_database):
+    url, clock = await new_database("auth"), HeldClock()
     async with database.opened(url) as one, database.opened(url) as other:
-        rings = [KeyRing(SqlKeys(sql), home.clock) for sql in (one, other)]
+        rings = [KeyRing(SqlKeys(sql), clock) for sql in (one, other)]
 
         await asyncio.gather(*(ring.refresh() for ring in rings))
 
@@ -127,5 +128,6 @@ async def test_only_administrators_rotate_keys(home):
     assert refusal.value.reason == "ROLE_REQUIRED"
 
 
+@on_sqlite
 async def test_the_private_keys_are_readable_by_their_owner_only(home, tmp_path):
     assert stat.S_IMODE((tmp_path / "auth.db").stat().st_mode) == 0o600

@@ -7,11 +7,13 @@ import jwt
 import pytest
 from atelier.auth.v1 import auth_pb2 as pb
 from atelier.mesh.v1 import identity_pb2
+from sqlalchemy import text
 
 from mesh.errors import PermissionDenied, Unauthenticated
 from mesh.identity import TokenInvalid, TokenRevoked, Verifier
-from services.auth.domain import REUSE_GRACE, REVOCATION_LIFE, Revocation
+from services.auth.domain import REFRESH_LIFE, REUSE_GRACE, REVOCATION_LIFE, RefreshToken, Revocation, Session
 from services.auth.repository import SqlRevocations
+from tests.databases import on_postgresql
 
 SECOND = timedelta(seconds=1)
 
@@ -142,3 +144,34 @@ async def test_too_many_revocations_end_all_tokens_by_a_new_key_at_once_and_once
     with pytest.raises(TokenInvalid):
         verifier.user(f"Bearer {tokens.access_token}")
     assert verifier.user(f"Bearer {(await home.refreshed(tokens.refresh_token)).access_token}")
+
+
+async def test_a_revocation_that_comes_as_another_expires_is_told(home):
+    revocations, now = SqlRevocations(home.sql), home.clock.now()
+    await revocations.add(Revocation("sid", "ses_old", now + 10 * SECOND), now)
+    await revocations.add(Revocation("sid", "ses_last", now + 400 * SECOND), now)
+    await home.revoked()
+
+    await revocations.add(Revocation("sid", "ses_new", now + 390 * SECOND), now + 20 * SECOND)
+
+    assert await home.revoked() == [("sid", "ses_last"), ("sid", "ses_new")]
+
+
+@on_postgresql
+async def test_a_session_ended_during_a_refresh_takes_the_fresh_access_token_with_it(home):
+    now = home.clock.now()
+    session = Session("ses_1", "usr_1", now)
+    old = RefreshToken(b"old", "ses_1", expire_time=now + REFRESH_LIFE - 3600 * SECOND)
+    fresh = RefreshToken(b"fresh", "ses_1", expire_time=now + REFRESH_LIFE)
+    await home.sessions.open(session, old)
+
+    async with home.sql.transaction() as connection:
+        # The exchange has looked at both rows when it comes to wait for this.
+        await connection.execute(text("LOCK TABLE refresh_token IN SHARE MODE"))
+        exchange = asyncio.create_task(home.sessions.exchange(b"old", fresh, now))
+        await asyncio.wait([exchange], timeout=0.5)
+        end = asyncio.create_task(home.sessions.revoke(session, now, all_sessions=True))
+        await asyncio.wait([end], timeout=0.5)
+    refusal, _ = await asyncio.gather(exchange, end, return_exceptions=True)
+
+    assert refusal is not None or await home.revoked() == [("sid", "ses_1")]

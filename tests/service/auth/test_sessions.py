@@ -6,9 +6,11 @@ from atelier.auth.v1 import auth_pb2 as pb
 from atelier.user.v1 import user_pb2
 from sqlalchemy import select
 
+from mesh import lock
 from mesh.errors import PermissionDenied, Unauthenticated, Unavailable
 from mesh.identity import Verifier
-from services.auth.tables import refresh_token
+from services.auth.domain import FORGET
+from services.auth.tables import lock_table, refresh_token
 from services.auth.tables import session as session_table
 
 SECOND, DAY = timedelta(seconds=1), timedelta(days=1)
@@ -185,7 +187,9 @@ async def test_forgetting_drops_only_what_has_expired(home):
     kept = await home.issued("usr_2")
     home.clock.time += 2 * DAY
 
-    await home.sessions.forget(home.clock.now())
+    async with home.sql.transaction() as connection:
+        fence = await lock.draw(connection, lock_table, FORGET)
+    await home.sessions.forget(home.clock.now(), fence)
 
     async with home.sql.reading() as connection:
         assert list((await connection.execute(select(session_table.c.user_id))).scalars()) == ["usr_2"]

@@ -181,7 +181,10 @@ class Installation(
         return topology_pb2.GetTopologyResponse(
             services=[service] if request.service in ("", "task") else [],
             clients=[topology_pb2.Client(node_id="user-1", control_plane="control-1", subscriptions=[followed])],
-            permissions=[topology_pb2.Permission(caller="user", callee="task", methods=["/t/LookupTask"])],
+            permissions=[
+                topology_pb2.Permission(caller="user", callee="auth", methods=["/a/IssueTokens"], denied=True),
+                topology_pb2.Permission(caller="user", callee="task", methods=["/t/LookupTask"]),
+            ],
             silent_control_planes=["control-2"],
         )
 

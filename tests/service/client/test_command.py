@@ -329,7 +329,8 @@ async def test_the_mesh_is_shown_to_people_and_to_programs(person: Person) -> No
     unknown, _, complaint = await person.types("mesh", "why", "tusk")
 
     assert "critical" in status.decode()
-    assert "task (1)" in status.decode()
+    (calls,) = [line.split() for line in status.decode().splitlines() if "task (1)" in line]
+    assert calls == ["user", "task", "(1)", "auth"]
     assert "Degraded: task-1. No worker serves" in status.decode()
     assert "A fault is injected into task" in status.decode()
     assert "control-2" in status.decode()
@@ -337,6 +338,9 @@ async def test_the_mesh_is_shown_to_people_and_to_programs(person: Person) -> No
     assert endpoint[:3] == ["task-1", "127.0.0.1:9000", "critical"]
     assert endpoint[-7:] == ["process", "7,", "agent", "here", "no", "connection", "refused"]
     assert "endpoints task  v1   v2      waiting" in why.decode()
+    assert [line.split()[:3] for line in why.decode().splitlines() if "denied by an intention" in line] == [
+        ["user", "auth", "IssueTokens"]
+    ]
     (instance,) = json.loads(config)["instances"]
     assert instance["settings"] == {"attempts": 3, "log_level": "INFO"}
     assert instance["refusal"] == "attempts: too many"

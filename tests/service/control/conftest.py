@@ -164,16 +164,18 @@ async def http_served() -> AsyncIterator[int]:
 
 @asynccontextmanager
 async def envoy_running(
-    folder: Path, control_port: int, own: Leaf | None = None, authority: Path | None = None, zone: str = ""
+    folder: Path, *control_ports: int, own: Leaf | None = None, authority: Path | None = None, zone: str = ""
 ) -> AsyncIterator[Path]:
-    """Run Envoy against an ADS server; yields its log."""
+    """Run Envoy against ADS servers; yields its log."""
     h2 = {
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
             "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
             "explicit_http_config": {"http2_protocol_options": {}},
         }
     }
-    endpoint = {"endpoint": {"address": {"socket_address": {"address": HOST, "port_value": control_port}}}}
+    endpoints = [
+        {"endpoint": {"address": {"socket_address": {"address": HOST, "port_value": port}}}} for port in control_ports
+    ]
     bootstrap = {
         "node": {"id": "edge-1", "cluster": "edge", "locality": {"zone": zone}},
         "dynamic_resources": {
@@ -192,7 +194,7 @@ async def envoy_running(
                     "connect_timeout": "1s",
                     "typed_extension_protocol_options": h2,
                     "transport_socket": envoy_tls(own or leaf("edge"), folder, authority),
-                    "load_assignment": {"cluster_name": "control", "endpoints": [{"lb_endpoints": [endpoint]}]},
+                    "load_assignment": {"cluster_name": "control", "endpoints": [{"lb_endpoints": endpoints}]},
                 }
             ]
         },

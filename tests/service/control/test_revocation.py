@@ -126,7 +126,7 @@ async def test_a_revocation_reaches_two_edges_in_a_second_beside_20_000_others_a
         hold = stack.enter_async_context
         await hold(mesh.consul())
         await hold(mesh.control(**other))
-        await hold(envoy_running(other_folder, other_control, mesh.edge, authority))
+        await hold(envoy_running(other_folder, other_control, own=mesh.edge, authority=authority))
         await hold(mesh.instance("task-1"))
 
         async with mesh.control() as control, mesh.envoy():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -37,7 +38,11 @@ class Registry:
         self.services: dict[str, dict[str, Any]] = {}
         self.passing: dict[str, list[tuple[str, int]]] = {}
         self.events: list[str] = []
+        self.deregistered_at = 0.0
         self.hangs = False
+        self.intentions: list[dict[str, Any]] | None = None
+        self.forbids = False
+        self.matches = 0
         self.url = ""
         self._index = 1
         self._changed = asyncio.Condition()
@@ -52,6 +57,8 @@ class Registry:
         app.router.add_get("/v1/agent/services", self._services)
         app.router.add_get("/v1/health/service/{name}", self._health)
         app.router.add_get("/v1/catalog/services", self._catalog)
+        app.router.add_get("/v1/connect/intentions", self._list_intentions)
+        app.router.add_get("/v1/connect/intentions/match", self._match_intentions)
         self._runner = web.AppRunner(app, shutdown_timeout=0.01)
         await self._runner.setup()
         port = int(self.url.rpartition(":")[2] or 0) if self.url else 0
@@ -67,6 +74,14 @@ class Registry:
         """Let the instances of `name` that pass be these."""
         async with self._changed:
             self.passing[name] = list(addresses)
+            self._index += 1
+            self._changed.notify_all()
+
+    async def intend(self, *intentions: tuple[str, str, str, int]) -> None:
+        """Let the intentions be these: source, destination, action, precedence."""
+        names = ("SourceName", "DestinationName", "Action", "Precedence")
+        async with self._changed:
+            self.intentions = [dict(zip(names, each, strict=True)) for each in intentions] or None
             self._index += 1
             self._changed.notify_all()
 
@@ -94,16 +109,32 @@ class Registry:
     async def _deregister(self, request: web.Request) -> web.Response:
         self.services.pop(request.match_info["instance"], None)
         self.events.append(f"deregister {request.match_info['instance']}")
+        self.deregistered_at = time.monotonic()
         return web.Response()
 
     async def _services(self, request: web.Request) -> web.Response:
         return web.json_response(self.services)
 
+    async def _list_intentions(self, request: web.Request) -> web.Response:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._index > int(request.query.get("index") or 0))
+        return web.json_response([], headers={"X-Consul-Index": str(self._index)})  # as to a token that may read none
+
+    async def _match_intentions(self, request: web.Request) -> web.Response:
+        self.matches += 1
+        if self.forbids:
+            return web.Response(status=403, text="Permission denied")
+        return web.json_response({request.query["name"]: self.intentions})  # 1.8 says no index here
+
     async def _health(self, request: web.Request) -> web.Response:
         async with self._changed:
             await self._changed.wait_for(lambda: self._index > int(request.query.get("index") or 0))
         found = self.passing.get(request.match_info["name"], [])
-        nodes = [{"Service": {"Address": host, "Port": port}} for host, port in found]
+        checks = [
+            {"ServiceID": "", "Status": "passing", "Output": ""},
+            {"ServiceID": "it", "Status": "passing", "Output": ""},
+        ]
+        nodes = [{"Service": {"ID": "it", "Address": host, "Port": port}, "Checks": checks} for host, port in found]
         return web.json_response(nodes, headers={"X-Consul-Index": str(self._index)})
 
 

@@ -11,13 +11,29 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table, func, insert, select, text, update
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy import (
+    Column,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    func,
+    insert,
+    make_url,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from mesh import database, idempotency, inbox
 from mesh.database import Database, Timestamp
 from mesh.errors import Unavailable
 from mesh.idempotency import IdempotencyKeyReused
+from tests.databases import on_postgresql, on_sqlite
+from tests.eventually import eventually
+from tests.postgres import PASSWORD, Server
 
 metadata = MetaData()
 counter = Table("counter", metadata, Column("name", String, primary_key=True), Column("value", Integer))
@@ -37,7 +53,7 @@ async def main():
     async with database.opened(sys.argv[1]) as opened:
         for _ in range(100):
             async with opened.transaction() as connection:
-                value = await connection.scalar(select(counter.c.value))
+                value = await connection.scalar(select(counter.c.value).with_for_update())
                 await connection.execute(update(counter).values(value=value + 1))
 
 asyncio.run(main())
@@ -75,6 +91,23 @@ def modes(folder: Path) -> set[int]:
     return {stat.S_IMODE(path.stat().st_mode) for path in folder.glob("test.db*")}
 
 
+@on_sqlite
+async def test_a_database_that_is_away_does_not_answer_though_connections_are_open(
+    opened: Database, url: str, tmp_path: Path
+) -> None:
+    path, aside = Path(str(make_url(url).database)), tmp_path / "aside"
+    await opened.check()
+
+    path.rename(aside)
+    with pytest.raises(Unavailable):
+        await opened.check()
+    made_anew = path.exists()
+    aside.rename(path)
+
+    await opened.check()
+    assert not made_anew
+
+
 async def test_two_processes_that_read_then_write_never_fail_nor_lose_a_write(opened: Database, url: str) -> None:
     processes = [await asyncio.create_subprocess_exec(sys.executable, "-c", ADD_IN_TURNS, url) for _ in range(2)]
     statuses = [await process.wait() for process in processes]
@@ -87,7 +120,7 @@ async def test_two_processes_that_read_then_write_never_fail_nor_lose_a_write(op
 async def test_tasks_of_one_process_take_turns_at_writing(opened: Database) -> None:
     async def add() -> None:
         async with opened.transaction() as connection:
-            value = await connection.scalar(select(counter.c.value))
+            value = await connection.scalar(select(counter.c.value).with_for_update())
             await asyncio.sleep(0)
             await connection.execute(update(counter).values(value=(value or 0) + 1))
 
@@ -98,7 +131,7 @@ async def test_tasks_of_one_process_take_turns_at_writing(opened: Database) -> N
 
 
 async def test_a_storm_of_cancelled_callers_leaves_no_lock_no_half_and_no_lost_connection(
-    opened: Database, tmp_path: Path
+    opened: Database, url: str
 ) -> None:
     async def write_pair(number: int) -> None:
         async with opened.transaction() as connection:
@@ -122,15 +155,14 @@ async def test_a_storm_of_cancelled_callers_leaves_no_lock_no_half_and_no_lost_c
     async with opened.reading() as connection:
         lefts = await connection.scalar(select(func.sum(pair.c.left)))
     assert await count(opened, pair) == 2 * (lefts or 0)
-    other = sqlite3.connect(tmp_path / "test.db", timeout=0, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")  # nobody holds the lock
-    other.close()
-    async with asyncio.timeout(5):  # every reader and the writer can be had, and once more
-        await asyncio.gather(*(read() for _ in range(3 * database.READERS)))
-        await write_pair(1_000)
-        await write_pair(1_001)
+    async with asyncio.timeout(15), database.opened(url) as other, other.transaction() as connection:
+        await connection.execute(update(pair).values(left=0))  # nobody holds a lock
+    async with asyncio.timeout(15):  # every connection can be had, and once more
+        await asyncio.gather(*(read() for _ in range(3 * database.CONNECTIONS)))
+        await asyncio.gather(*(write_pair(1_000 + number) for number in range(3 * database.CONNECTIONS)))
 
 
+@on_sqlite
 async def test_a_locked_database_is_unavailable_in_our_own_words(opened: Database, tmp_path: Path) -> None:
     other = sqlite3.connect(tmp_path / "test.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -144,6 +176,7 @@ async def test_a_locked_database_is_unavailable_in_our_own_words(opened: Databas
     assert refusal.value.retry_after_seconds == 1
 
 
+@on_sqlite
 async def test_a_full_disk_is_unavailable_and_passes(opened: Database) -> None:
     async def fill() -> None:
         async with opened.transaction() as connection:
@@ -161,13 +194,13 @@ async def test_a_full_disk_is_unavailable_and_passes(opened: Database) -> None:
 
 
 async def test_a_wrong_statement_is_a_bug_and_not_an_outage(opened: Database) -> None:
-    with pytest.raises(OperationalError):
+    with pytest.raises(DBAPIError):
         async with opened.transaction() as connection:
             await connection.execute(text("SELECT * FROM missing"))
 
 
 async def test_a_reader_cannot_write(opened: Database) -> None:
-    with pytest.raises(OperationalError):
+    with pytest.raises(DBAPIError):
         async with opened.reading() as connection:
             await connection.execute(insert(counter).values(name="other", value=1))
 
@@ -200,12 +233,14 @@ async def test_foreign_keys_hold(opened: Database) -> None:
             await connection.execute(insert(child).values(name="nobody"))
 
 
+@on_sqlite
 async def test_only_the_owner_can_read_the_files(opened: Database, tmp_path: Path) -> None:
     await count(opened, counter)
 
     assert modes(tmp_path) == {0o600}
 
 
+@on_sqlite
 async def test_commits_survive_a_loss_of_power(opened: Database) -> None:
     async with opened.transaction() as connection:
         settings = [await connection.scalar(text(f"PRAGMA {name}")) for name in ("journal_mode", "synchronous")]
@@ -242,16 +277,17 @@ async def test_an_event_is_new_once_for_each_consumer(opened: Database) -> None:
 
 
 async def test_concurrent_creates_with_one_key_get_one_id(opened: Database) -> None:
-    async def adopt(new_id: str) -> tuple[str, bool]:
+    async def adopt(key: str, new_id: str) -> tuple[str, bool]:
         async with opened.transaction() as connection:
             return await idempotency.adopt(
-                connection, idempotency_table, caller="usr_1", method="m", key="k", fingerprint=b"f", new_id=new_id
+                connection, idempotency_table, caller="usr_1", method="m", key=key, fingerprint=b"f", new_id=new_id
             )
 
-    answers = await asyncio.gather(*(adopt(f"tsk_{number}") for number in range(10)))
+    for key in ("connections are made", "connections are there"):
+        answers = await asyncio.gather(*(adopt(key, f"tsk_{number}") for number in range(50)))
 
-    assert len({adopted for adopted, _ in answers}) == 1
-    assert sum(fresh for _, fresh in answers) == 1
+        assert len({adopted for adopted, _ in answers}) == 1
+        assert sum(fresh for _, fresh in answers) == 1
 
 
 async def test_a_key_used_for_another_request_is_refused(opened: Database) -> None:
@@ -299,3 +335,153 @@ async def test_old_rows_are_deleted_some_at_a_time(opened: Database) -> None:
     async with opened.reading() as connection:
         left = list(await connection.scalars(select(pair.c.id)))
     assert (more, left) == ([True, True, False], [0, 2, 4, 6, 8])
+
+
+async def test_a_lock_holds_off_others_of_its_name_until_the_transaction_ends(opened: Database) -> None:
+    order = []
+
+    async def take(name: str) -> None:
+        async with opened.transaction() as connection:
+            await database.advisory_lock(connection, name)
+            order.append(name)
+
+    async with opened.transaction() as connection:
+        await database.advisory_lock(connection, "one")
+        other = asyncio.create_task(take("one"))
+        await asyncio.wait([other], timeout=0.3)
+        order.append("first")
+    await other
+
+    assert order == ["first", "one"]
+
+
+@on_postgresql
+async def test_a_lock_leaves_other_names_alone(opened: Database) -> None:
+    async with opened.transaction() as connection, opened.transaction() as another:
+        await database.advisory_lock(connection, "one")
+        await database.advisory_lock(another, "other")
+
+
+@on_postgresql
+async def test_writers_do_not_wait_for_each_other(opened: Database) -> None:
+    async with opened.transaction() as connection, opened.transaction() as another:
+        await connection.execute(insert(pair).values(id=1, left=1))
+        await another.execute(insert(pair).values(id=2, left=1))
+
+
+@on_postgresql
+async def test_a_cancelled_caller_s_statement_ends_on_the_server(opened: Database, postgresql: Server) -> None:
+    running = "SELECT 1 FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'SELECT pg_sleep%'"
+
+    async def sleep() -> None:
+        async with opened.transaction() as connection:
+            await connection.execute(text("SELECT pg_sleep(25)"))
+
+    caller = asyncio.create_task(sleep())
+    await eventually(lambda: postgresql.execute(running))
+    caller.cancel()
+    await asyncio.wait([caller])
+
+    await eventually(lambda: not postgresql.execute(running))
+    assert caller.cancelled()
+
+
+@on_postgresql
+async def test_connections_that_the_server_cut_cost_nobody_a_call(opened: Database, postgresql: Server) -> None:
+    readers = (count(opened, pair) for _ in range(database.CONNECTIONS))
+    await asyncio.gather(*readers)
+
+    postgresql.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'tester'")
+
+    assert await asyncio.gather(*(count(opened, pair) for _ in range(2 * database.CONNECTIONS))) == [0] * 10
+
+
+@on_postgresql
+async def test_a_server_that_is_killed_is_unavailable_until_it_is_back(opened: Database, postgresql: Server) -> None:
+    async with opened.transaction() as connection:
+        await connection.execute(insert(pair).values(id=1, left=1))
+
+    async def write_on() -> None:
+        for number in range(2, 10_000):
+            async with opened.transaction() as connection:
+                await connection.execute(insert(pair).values(id=number, left=1))
+
+    writer = asyncio.create_task(write_on())
+    await asyncio.wait([writer], timeout=0.2)
+    postgresql.kill()
+    with pytest.raises(Unavailable) as broken:
+        await writer
+    with pytest.raises(Unavailable) as refusal:
+        await opened.check()
+    postgresql.start()
+
+    await opened.check()
+    assert await count(opened, pair) >= 1
+    assert broken.value.message == refusal.value.message == "The database cannot answer now. Try again."
+
+
+# What the server says of a full disk, a failing one, a deadlock, a shutdown, and of itself when it has too many guests.
+@on_postgresql
+@pytest.mark.parametrize("code", ["53100", "58030", "40P01", "40001", "57P01", "53300"])
+async def test_what_passes_by_itself_is_unavailable_in_our_own_words(opened: Database, code: str) -> None:
+    with pytest.raises(Unavailable) as refusal:
+        async with opened.transaction() as connection:
+            await connection.execute(
+                text(f"DO $$ BEGIN RAISE EXCEPTION 'the driver says' USING ERRCODE = '{code}'; END $$")
+            )
+
+    assert "driver" not in refusal.value.message
+    assert refusal.value.retry_after_seconds == 1
+
+
+@on_postgresql
+async def test_a_server_with_no_connection_free_is_unavailable(opened: Database, url: str, postgresql: Server) -> None:
+    async with opened.transaction():
+        postgresql.execute(f"ALTER DATABASE {url.rpartition('/')[2]} CONNECTION LIMIT 1")
+
+        with pytest.raises(Unavailable):
+            await opened.check()
+
+
+@on_postgresql
+async def test_whoever_waits_for_a_row_gives_up_when_the_url_says_so(opened: Database, url: str) -> None:
+    async def take(database: Database) -> None:
+        async with database.transaction() as connection:
+            await connection.execute(update(counter).values(value=2))
+
+    impatient = database.opened(f"{url}?options=-c%20lock_timeout%3D100ms")
+    async with impatient as other, opened.transaction() as connection:
+        await connection.execute(update(counter).values(value=1))
+
+        with pytest.raises(Unavailable):
+            await take(other)
+        async with other.reading() as another:
+            assert await another.scalar(text("SHOW lock_timeout")) == "100ms"
+
+
+@on_postgresql
+async def test_no_transaction_lasts_for_ever(opened: Database) -> None:
+    async with opened.transaction() as connection:
+        settings = {name: await connection.scalar(text(f"SHOW {name}")) for name in database.POSTGRESQL_TIMEOUTS}
+
+    assert settings == database.POSTGRESQL_TIMEOUTS
+
+
+@on_postgresql
+async def test_a_password_stands_in_no_error_and_no_log(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with database.opened(url.replace(PASSWORD, "wr0ng")) as refused:
+        with pytest.raises(Unavailable) as refusal:
+            await refused.check()
+
+    logged = str([record.__dict__ for record in caplog.records])
+    assert "authentication failed" in logged
+    assert "wr0ng" not in f"{refusal.value!r}{refusal.value.metadata}{refusal.value.__cause__!r}{logged}{refused}"
+
+
+@on_postgresql
+async def test_a_failed_statement_is_told_without_its_values(opened: Database) -> None:
+    with pytest.raises(DBAPIError) as failure:
+        async with opened.transaction() as connection:
+            await connection.execute(text("SELECT * FROM missing WHERE hash = :hash"), {"hash": "5ecret"})
+
+    assert "5ecret" not in str(failure.value)

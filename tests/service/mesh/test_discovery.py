@@ -34,6 +34,8 @@ async def test_an_instance_is_registered_with_its_check_and_taken_out_at_the_end
     assert found["Meta"] == {"version": VERSION, "process": str(os.getpid()), "x": "y"}
     assert found["Check"]["grpc"] == "127.0.0.1:5001"
     assert found["Check"]["interval"] == "1s"
+    # Consul looks every 30 s, so that a dead one is out of the catalog within two minutes.
+    assert found["Check"]["DeregisterCriticalServiceAfter"] == "1m"
     assert registry.services == {}
 
 

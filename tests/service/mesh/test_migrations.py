@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sqlite3
 import sys
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from mesh import database, migrations
 from mesh.migrations import DatabaseNewerThanCode
 from scripts.local.layout import DATABASES
+from tests.databases import on_postgresql
+from tests.postgres import PASSWORD
 
 FIRST = """
 import sqlalchemy as sa
@@ -51,7 +53,7 @@ down_revision = "0002"
 
 
 def upgrade():
-    op.execute("CREATE TABLE half (a)")
+    op.execute("CREATE TABLE half (a INTEGER)")
     op.execute("INSERT INTO missing VALUES (1)")
 """
 
@@ -65,12 +67,9 @@ def services(tmp_path: Path) -> Path:
     return tmp_path / "services"
 
 
-def rows(url: str, query: str) -> list[tuple[object, ...]]:
-    connection = sqlite3.connect(database.sqlite_path(url))
-    try:
-        return connection.execute(query).fetchall()
-    finally:
-        connection.close()
+async def rows(url: str, query: str) -> list[tuple[object, ...]]:
+    async with database.opened(url) as opened, opened.reading() as connection:
+        return [tuple(row) for row in await connection.execute(text(query))]
 
 
 async def command(*arguments: str, url: str) -> tuple[int | None, str]:
@@ -88,8 +87,8 @@ async def command(*arguments: str, url: str) -> tuple[int | None, str]:
 
 
 @pytest.mark.parametrize("service", DATABASES)
-async def test_a_services_migrations_make_the_tables_of_its_code(service: str) -> None:
-    assert await migrations.differences(service) == []
+async def test_a_services_migrations_make_the_tables_of_its_code(service: str, url: str) -> None:
+    assert await migrations.differences(service, url) == []
 
 
 async def test_a_migration_keeps_the_rows_that_point_to_the_table_it_changes(services: Path, url: str) -> None:
@@ -99,7 +98,9 @@ async def test_a_migration_keeps_the_rows_that_point_to_the_table_it_changes(ser
     revisions = await migrations.upgrade("shop", url, services=services)
 
     assert revisions == ("0001", "0002")
-    assert rows(url, "SELECT name, age, thing.owner FROM owner JOIN thing ON thing.owner = name") == [("ada", 0, "ada")]
+    assert await rows(url, "SELECT name, age, thing.owner FROM owner JOIN thing ON thing.owner = name") == [
+        ("ada", 0, "ada")
+    ]
 
 
 async def test_a_migration_that_fails_changes_nothing(services: Path, url: str) -> None:
@@ -110,8 +111,8 @@ async def test_a_migration_that_fails_changes_nothing(services: Path, url: str) 
     with pytest.raises(Exception, match="missing"):
         await migrations.upgrade("shop", url, services=services)
 
-    assert rows(url, "SELECT version_num FROM alembic_version") == [("0001",)]
-    assert rows(url, "SELECT * FROM owner") == [("ada",)]
+    assert await rows(url, "SELECT version_num FROM alembic_version") == [("0001",)]
+    assert await rows(url, "SELECT * FROM owner") == [("ada",)]
 
 
 async def test_a_database_newer_than_the_code_is_refused_and_kept(services: Path, url: str) -> None:
@@ -124,14 +125,23 @@ async def test_a_database_newer_than_the_code_is_refused_and_kept(services: Path
         await migrations.upgrade("shop", url, services=services)
 
     assert refusal.value.metadata == {"service": "shop", "database_revision": "0002", "code_revision": "0001"}
-    assert rows(url, "SELECT age FROM owner") == [(0,)]
+    assert await rows(url, "SELECT age FROM owner") == [(0,)]
+
+
+async def test_a_migration_waits_for_another_that_is_at_work(services: Path, url: str) -> None:
+    async with database.migrating(url):
+        another = asyncio.create_task(migrations.upgrade("shop", url, services=services))
+        done, _ = await asyncio.wait([another], timeout=1)
+
+    assert not done
+    assert await another == (None, "0001")
 
 
 async def test_the_command_says_what_it_did_and_two_at_once_do_it_once(url: str) -> None:
     service = DATABASES[0]
 
     answers = await asyncio.gather(command(service, url=url), command(service, url=url))
-    head = rows(url, "SELECT version_num FROM alembic_version")[0][0]
+    [(head,)] = await rows(url, "SELECT version_num FROM alembic_version")
 
     assert sorted(answers) == [(0, f"{service}: already at {head}"), (0, f"{service}: new → {head}")]
 
@@ -139,13 +149,20 @@ async def test_the_command_says_what_it_did_and_two_at_once_do_it_once(url: str)
 async def test_the_command_refuses_a_newer_database_in_one_sentence(url: str) -> None:
     service = DATABASES[0]
     await command(service, url=url)
-    connection = sqlite3.connect(database.sqlite_path(url))
-    connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    connection.commit()
-    connection.close()
+    async with database.opened(url) as opened, opened.transaction() as connection:
+        await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
 
     status, output = await command(service, url=url)
 
     assert status == 1
     assert "newer than this code" in output
     assert len(output.splitlines()) == 1
+
+
+@on_postgresql
+async def test_the_command_tells_why_a_database_lets_nobody_in_without_its_password(url: str) -> None:
+    status, output = await command(DATABASES[0], url=url.replace(PASSWORD, "wr0ng"))
+
+    assert status == 1
+    assert "password authentication failed" in output
+    assert "wr0ng" not in output

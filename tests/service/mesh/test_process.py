@@ -20,6 +20,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mesh import certificates, errors
 from mesh.channel import MeshChannel
+from mesh.intentions import FILE
+from mesh.service import DEPENDENCY_SECONDS, PROPAGATION_SECONDS, STOP_SECONDS
 from tests.authority import grpc_client, leaf
 from tests.eventually import eventually
 from tests.mesh_server import JWKS, headers
@@ -77,10 +79,14 @@ class Tiny:
 
 
 @asynccontextmanager
-async def started(folder: Path) -> AsyncIterator[Tiny]:
+async def started(folder: Path, *, kept: str | None = "[]", forbids: bool = False, **more: str) -> AsyncIterator[Tiny]:
+    """Run it, with the intentions of an earlier life; a registry that forbids does not tell it of others."""
     (folder / "jwks").write_text(JWKS)
     certificates.write(folder / "identity" / "task-1", leaf("task").present)
+    if kept is not None:
+        (folder / "identity" / "task-1" / FILE).write_text(kept)
     async with running() as registry:
+        registry.forbids = forbids
         settings = config(folder, registry.url)
         environment = {
             "ATELIER_CONSUL_URL": registry.url,
@@ -90,6 +96,7 @@ async def started(folder: Path) -> AsyncIterator[Tiny]:
             "ATELIER_SECRETS_DIR": str(folder),
             "ATELIER_INSTANCE": settings.instance,
             "PYTHONPATH": os.pathsep.join(each for each in sys.path if each),
+            **more,
         }
         with (folder / "log").open("wb") as log:
             process = await asyncio.create_subprocess_exec(
@@ -155,6 +162,102 @@ async def test_a_stop_takes_it_out_of_the_registry_finishes_calls_and_ends_strea
     assert await asyncio.wait_for(tiny.process.wait(), 5) == 0
     assert tiny.registry.services == {}
     assert tiny.said()[-1] == "stopped"
+
+
+async def test_born_without_being_told_of_intentions_it_obeys_those_of_its_last_life(tmp_path: Path) -> None:
+    kept = '[{"source": "edge", "destination": "*", "precedence": 6, "allows": false}]'
+    async with started(tmp_path, kept=kept, forbids=True) as tiny:
+        with pytest.raises(errors.PermissionDenied) as refused:
+            await (await tiny.stub()).GetTask(GET)
+
+    assert refused.value.reason == "CALLER_DENIED_BY_INTENTION"
+
+
+async def test_it_does_not_serve_before_it_has_ever_heard_of_intentions(tmp_path: Path) -> None:
+    async with started(tmp_path, kept=None, forbids=True) as tiny:
+        await eventually(lambda: tiny.registry.matches, within_seconds=30)
+        before = await tiny.health()
+
+        tiny.registry.forbids = False
+
+        await eventually(tiny.is_serving, within_seconds=30)
+    assert before == NOT_SERVING
+    assert (tmp_path / "identity" / "task-1" / FILE).read_text() == "[]"
+
+
+async def test_a_stop_says_not_serving_before_it_leaves_the_registry(tiny: Tiny) -> None:
+    await eventually(tiny.is_serving)
+    tiny.registry.hangs = True  # so that the time between the two can be seen
+
+    tiny.process.send_signal(signal.SIGTERM)
+
+    await eventually(tiny.is_not_serving)
+    assert "task-1" in tiny.registry.services
+    assert await asyncio.wait_for(tiny.process.wait(), 10) == 0  # a registry that hangs holds up nobody
+
+
+async def test_a_stop_closes_the_door_once_everybody_has_heard_and_then_finishes_what_is_under_way(tiny: Tiny) -> None:
+    call = asyncio.create_task((await tiny.stub()).GetTask(GET))
+    await eventually((tiny.folder / "entered").exists)
+    found = await tiny.registered()
+
+    tiny.process.send_signal(signal.SIGTERM)
+
+    await eventually(lambda: _refuses(found), within_seconds=10)
+    assert time.monotonic() - tiny.registry.deregistered_at >= PROPAGATION_SECONDS
+    assert not call.done()
+    (tiny.folder / "finish").touch()
+    assert (await call).task_id == "tsk_1"
+    assert await asyncio.wait_for(tiny.process.wait(), 5) == 0
+
+
+async def _refuses(found: dict[str, Any]) -> bool:
+    try:
+        _, writer = await asyncio.open_connection(found["Address"], found["Port"])
+    except ConnectionRefusedError:
+        return True
+    writer.close()
+    return False
+
+
+async def test_a_hung_handler_is_given_drain_seconds_and_then_ended(tmp_path: Path) -> None:
+    async with started(tmp_path, DRAIN_SECONDS="2") as tiny:
+        call = asyncio.create_task((await tiny.stub()).GetTask(GET))
+        await eventually((tmp_path / "entered").exists)
+        tiny.process.send_signal(signal.SIGTERM)
+        await eventually(lambda: "draining" in tiny.said())
+        began = time.monotonic()
+
+        with pytest.raises((errors.Unavailable, errors.Cancelled)):
+            await call
+
+        assert 2 <= time.monotonic() - began < 10
+        assert await asyncio.wait_for(tiny.process.wait(), 10) == 0
+
+
+async def test_a_stop_that_a_hung_thread_holds_up_ends_at_a_bound_of_its_own(tmp_path: Path) -> None:
+    async with started(tmp_path, DRAIN_SECONDS="0.1") as tiny:
+        call = asyncio.create_task((await tiny.stub()).GetTask(task_pb2.GetTaskRequest(task_id="tsk_thread")))
+        await eventually((tmp_path / "entered").exists)
+
+        tiny.process.send_signal(signal.SIGTERM)
+
+        # Python itself waits for its threads, for as long as they take.
+        assert await asyncio.wait_for(tiny.process.wait(), 4 * STOP_SECONDS) == -signal.SIGALRM
+        with pytest.raises((errors.Unavailable, errors.Cancelled)):
+            await call
+
+
+async def test_a_late_dependency_counts_as_away_only_when_it_is_late_again(tiny: Tiny) -> None:
+    await eventually(tiny.is_serving)
+
+    (tiny.folder / "late once").touch()
+    await eventually(lambda: not (tiny.folder / "late once").exists())
+    await eventually((tiny.folder / "asked again").exists, within_seconds=3 * DEPENDENCY_SECONDS)
+    assert not [line for line in tiny.said() if "did not answer" in line]
+
+    (tiny.folder / "late").touch()
+    await eventually(tiny.is_not_serving, within_seconds=6 * DEPENDENCY_SECONDS)
 
 
 async def test_a_second_signal_ends_it_at_once(tiny: Tiny) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 import httpx
@@ -18,6 +19,7 @@ from mesh import context, contract, errors
 from mesh import http as http_listener
 from mesh.contract import Contract
 from mesh.identity import Verifier
+from mesh.intentions import Intention, Intentions
 from tests.authority import leaf
 from tests.eventually import eventually
 from tests.mesh_server import SERVICE, headers, serving
@@ -25,6 +27,8 @@ from tests.mesh_server import SERVICE, headers, serving
 UPLOAD = "/atelier.storage.v1.StorageService/UploadFile"
 CONTENT = "/atelier.storage.v1.StorageService/GetFileContent"
 READ_INPUT = "/atelier.storage.v1.StorageService/ReadInput"
+
+KEEPING = httpx.Limits(keepalive_expiry=60)
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -37,7 +41,9 @@ async def listening(
     rpcs = Contract({**methods, name: replace(methods[name], deadline_seconds=seconds)})
     async with (
         serving(http={name: endpoint}, rpcs=rpcs) as server,
-        httpx.AsyncClient(base_url=server.http_url, headers=headers("usr_1"), verify=server.tls(caller)) as client,
+        httpx.AsyncClient(
+            base_url=server.http_url, headers=headers("usr_1"), verify=server.tls(caller), limits=KEEPING
+        ) as client,
     ):
         yield client
 
@@ -198,10 +204,28 @@ async def test_what_is_not_in_the_contract_is_not_there() -> None:
     assert [(answer.status_code, reason(answer)) for answer in answers] == [(404, "ROUTE_NOT_FOUND")] * len(calls)
 
 
+async def test_an_intention_refuses_on_connections_that_are_open_and_lets_in_when_it_goes() -> None:
+    async with (
+        serving(http={UPLOAD: whoami}) as server,
+        httpx.AsyncClient(base_url=server.http_url, headers=headers("usr_1"), verify=server.tls("edge")) as client,
+    ):
+        before = await client.post("/api/v1/files")
+        server.intend(Intention("edge", "storage", 9, allows=False))
+        refused = await client.post("/api/v1/files")
+        server.intend()
+        after = await client.post("/api/v1/files")
+
+    assert (before.status_code, refused.status_code, after.status_code) == (200, 403, 200)
+    assert reason(refused) == "CALLER_DENIED_BY_INTENTION"
+
+
 async def test_an_rpc_that_is_not_for_bytes_cannot_be_served_here() -> None:
     with pytest.raises(ValueError, match="does not say `bytes`"):
         http_listener.application(
-            {"/atelier.storage.v1.StorageService/GetFile": whoami}, Verifier(), contract.installed()
+            {"/atelier.storage.v1.StorageService/GetFile": whoami},
+            Verifier(),
+            Intentions(leaf(SERVICE)),
+            contract.installed(),
         )
 
 
@@ -265,32 +289,74 @@ async def test_a_caller_that_goes_away_in_its_download_is_no_bug(caplog) -> None
     assert bugs(caplog) == []
 
 
-async def test_a_listener_that_stops_finishes_what_is_under_way() -> None:
-    go_on, begun = asyncio.Event(), asyncio.Event()
+@dataclass
+class Waiting:
+    listener: http_listener.Listener
+    running: asyncio.Task[None]
+    call: asyncio.Task[httpx.Response]
+    go_on: asyncio.Event
+
+
+@asynccontextmanager
+async def waiting(drain_seconds: float) -> AsyncIterator[Waiting]:
+    """Hold a listener with one request under way."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def wait(request: Request) -> Response:
         begun.set()
         await go_on.wait()
         return Response("done")
 
-    verifier = Verifier()
-    endpoints = {READ_INPUT: wait}
-    listener = http_listener.Listener(
-        http_listener.application(endpoints, verifier, contract.installed()), "127.0.0.1", 0, leaf(SERVICE)
-    )
+    verifier, intentions = Verifier(), Intentions(leaf(SERVICE))
+    intentions.take([])
+    application = http_listener.application({READ_INPUT: wait}, verifier, intentions, contract.installed())
+    listener = http_listener.Listener(application, "127.0.0.1", 0, leaf(SERVICE), drain_seconds)
     running = asyncio.create_task(listener.run())
     async with httpx.AsyncClient(
         base_url=f"https://127.0.0.1:{listener.port}", verify=leaf("media-worker").tls_client(SERVICE)
     ) as client:
         call = asyncio.create_task(client.get("/internal/v1/inputs/fil_1"))
         await begun.wait()
-
-        listener.stop()
-        await eventually(lambda: _refuses(listener.port))
+        yield Waiting(listener, running, call, go_on)
         go_on.set()
 
-        assert (await call).text == "done"
-        await asyncio.wait_for(running, 5)
+
+async def test_a_listener_that_stops_finishes_what_is_under_way() -> None:
+    async with waiting(drain_seconds=10) as held:
+        held.listener.stop()
+        await eventually(lambda: _refuses(held.listener.port))
+        held.go_on.set()
+
+        assert (await held.call).text == "done"
+        await asyncio.wait_for(held.running, 5)
+
+
+async def test_an_idle_connection_is_still_there_for_the_next_request() -> None:
+    asked_over = []
+
+    async def answer(request: Request) -> Response:
+        asked_over.append(request.client)
+        return Response("done")
+
+    async with listening(answer, READ_INPUT, caller="media-worker") as client:
+        await client.get("/internal/v1/inputs/fil_1")
+        await asyncio.sleep(6)  # longer than uvicorn's own 5 s; the client gives a connection up itself at some time
+        await client.get("/internal/v1/inputs/fil_1")
+
+    assert len(asked_over) == 2
+    assert len(set(asked_over)) == 1
+
+
+async def test_a_listener_that_stops_gives_a_hung_request_drain_seconds() -> None:
+    async with waiting(drain_seconds=1) as held:
+        began = time.monotonic()
+
+        held.listener.stop()
+
+        await asyncio.wait_for(held.running, 10)
+        assert time.monotonic() - began >= 1
+        answer = await held.call
+        assert (answer.status_code, answer.json()["details"][0]["reason"]) == (503, "DRAINING")
 
 
 async def _refuses(port: int) -> bool:

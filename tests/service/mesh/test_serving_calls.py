@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,10 +20,11 @@ from atelier.storage.v1 import storage_pb2, storage_pb2_grpc
 from atelier.task.v1 import task_pb2, task_pb2_grpc
 from google.protobuf import empty_pb2
 
-from mesh import channel, context, contract, errors, service, status
+from mesh import channel, context, contract, errors, service, status, telemetry
 from mesh.channel import MeshChannel
 from mesh.contract import Contract
 from mesh.errors import MeshError
+from mesh.intentions import Intention
 from tests.eventually import eventually
 from tests.mesh_server import JWKS, Server, headers, serving
 
@@ -313,6 +316,25 @@ async def test_a_failure_of_an_audited_call_is_in_the_audit(caplog) -> None:
             await admins(server).RotateKeys(auth_pb2.RotateKeysRequest())
 
     assert audited(caplog) == [("RotateKeys", "edge", "usr_9", "UNAVAILABLE")]
+
+
+async def test_what_is_logged_of_a_failure_belongs_to_the_callers_trace(server, tasks) -> None:
+    trace_id, lines = "4bf92f3577b34da6a3ce929d0e0e4736", io.StringIO()
+    handler = logging.StreamHandler(lines)
+    handler.setFormatter(telemetry.JsonFormatter("task", "task-1"))
+    logging.getLogger("mesh.admission").addHandler(handler)
+
+    async def stumble(_):
+        raise RuntimeError
+
+    tasks.get = stumble
+    async with bare(server) as stub:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.GetTask(GET, metadata=[*metadata(), ("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01")])
+    logging.getLogger("mesh.admission").removeHandler(handler)
+
+    (line,) = lines.getvalue().splitlines()
+    assert json.loads(line)["trace_id"] == trace_id
 
 
 async def test_an_audited_call_that_its_caller_gave_up_is_in_the_audit(caplog) -> None:
@@ -679,6 +701,65 @@ async def test_revoking_ends_the_open_streams_of_that_user_only(tasks, caplog) -
         go_on.set()
         assert (await anext(other)).cursor == "2"
     assert ended.value.reason == "TOKEN_REVOKED"
+    assert bugs(caplog) == []
+
+
+# Intentions
+
+
+async def test_an_intention_refuses_its_source_alone_on_connections_that_are_open_and_lets_it_in_when_it_goes(
+    server, tasks
+) -> None:
+    worker = task_pb2_grpc.TaskServiceStub(server.channel(caller="media-worker"))
+    await worker.ClaimTask(task_pb2.ClaimTaskRequest(pool="cpu", worker_id="w"))
+
+    server.intend(Intention("media-worker", "storage", 9, allows=False))
+    with pytest.raises(errors.PermissionDenied) as refused:
+        await worker.ClaimTask(task_pb2.ClaimTaskRequest(pool="cpu", worker_id="w"))
+    await people(server).GetTask(GET)
+    server.intend()
+    await worker.ClaimTask(task_pb2.ClaimTaskRequest(pool="cpu", worker_id="w"))
+
+    assert refused.value.reason == "CALLER_DENIED_BY_INTENTION"
+    assert refused.value.metadata == {"caller": "media-worker", "service": "storage"}
+    assert len(tasks.calls) == 3
+
+
+async def test_an_intention_that_allows_lets_nobody_in_whom_the_policy_does_not_name(server, tasks) -> None:
+    server.intend(Intention("user", "storage", 9, allows=True))
+
+    with pytest.raises(errors.PermissionDenied) as refused:
+        await task_pb2_grpc.TaskServiceStub(server.channel(caller="user")).ClaimTask(
+            task_pb2.ClaimTaskRequest(pool="cpu", worker_id="w")
+        )
+
+    assert refused.value.reason == "CALLER_NOT_ALLOWED"
+    assert tasks.calls == []
+
+
+async def test_an_intention_ends_the_open_streams_of_its_source_only(tasks, caplog) -> None:
+    go_on = asyncio.Event()
+
+    async def two_and_ever(request):
+        yield task_pb2.WatchTaskResponse(cursor="1")
+        await go_on.wait()
+        yield task_pb2.WatchTaskResponse(cursor="2")
+        await asyncio.sleep(FAR_AWAY_SECONDS)
+
+    tasks.watch = two_and_ever
+    async with tasks_served(tasks) as server:
+        stream = people(server).WatchTask(WATCH)
+        await anext(stream)
+
+        server.intend(Intention("user", "storage", 9, allows=False))
+        go_on.set()
+        after_anothers = (await anext(stream)).cursor
+        server.intend(Intention("*", "*", 5, allows=False))
+
+        with pytest.raises(errors.PermissionDenied) as ended:
+            await anext(stream)
+    assert after_anothers == "2"
+    assert ended.value.reason == "CALLER_DENIED_BY_INTENTION"
     assert bugs(caplog) == []
 
 

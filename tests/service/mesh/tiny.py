@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ class Tasks(task_pb2_grpc.TaskServiceServicer):
 
     async def GetTask(self, request, _):
         (self._folder / "entered").touch()
+        if request.task_id == "tsk_thread":
+            await asyncio.to_thread(time.sleep, 600)
         await eventually((self._folder / "finish").exists)
         return task_pb2.Task(task_id=request.task_id)
 
@@ -50,6 +53,13 @@ async def main(folder: Path) -> None:
     async def dependency() -> None:
         if (folder / "down").exists():
             raise ConnectionError
+        if (folder / "late once").exists():
+            (folder / "late once").rename(folder / "asked once")
+            await asyncio.Event().wait()
+        if (folder / "asked once").exists():
+            (folder / "asked once").rename(folder / "asked again")
+        if (folder / "late").exists():
+            await asyncio.Event().wait()
 
     async def crashing() -> None:
         with (folder / "begun").open("a") as file:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.databases import NewDatabase
 from tests.service.storage.world import World, opened
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    async with opened(tmp_path) as made:
+async def world(tmp_path: Path, new_database: NewDatabase) -> AsyncIterator[World]:
+    async with opened(tmp_path, await new_database("storage")) as made:
         yield made
 
 

@@ -1,17 +1,21 @@
 """A process that ends at any line, and others that work meanwhile, leave rows, bytes and quota in agreement."""
 
 import asyncio
+import dataclasses
 import hashlib
 from itertools import count
 
 import pytest
+from sqlalchemy import update
 
-from mesh import database, ids
-from services.storage.domain import NewFile, UploadUndone
+from mesh import database, ids, lock
+from services.storage.domain import File, FileNotFound, NewFile, UploadUndone
 from services.storage.keeping import Keeping
 from services.storage.repository import SqlFiles
 from services.storage.signatures import detected_type
+from services.storage.tables import file
 from services.storage.upkeep import Upkeep
+from tests.databases import on_postgresql
 
 BODY = b"hello"
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -68,7 +72,7 @@ async def keep(keeping: Keeping, world, new: NewFile, request_id: str = ""):
 async def tidied(world) -> None:
     await world.age()
     await world.upkeep.tend()
-    await world.upkeep.sweep()
+    await world.upkeep.sweep(await world.elected())
 
 
 async def in_agreement(world) -> bool:
@@ -174,7 +178,9 @@ async def test_several_replicas_tidy_up_at_once(world):
         files = SqlFiles(sql)
         replica = Upkeep(files, world.blobs, Keeping(files, world.blobs, world.quota, world.judge))
 
-        await asyncio.gather(world.upkeep.tend(), replica.tend(), world.upkeep.sweep(), replica.sweep())
+        fence = await world.elected()
+
+        await asyncio.gather(world.upkeep.tend(), replica.tend(), world.upkeep.sweep(fence), replica.sweep(fence))
 
     assert await world.rows() == {kept.file_id: SHA256}
     assert await in_agreement(world)
@@ -186,9 +192,25 @@ async def test_a_sweep_removes_bytes_that_no_row_has_and_no_others(world):
         await world.blobs.keep(incoming)
     await world.age()
 
-    await world.upkeep.sweep()
+    await world.upkeep.sweep(await world.elected())
 
     assert world.contents() == {kept.sha256}
+
+
+async def test_a_sweep_whose_replica_has_been_replaced_removes_nothing(world):
+    async with world.blobs.received(_other(), 100) as incoming:
+        await world.blobs.keep(incoming)
+    await world.age()
+    (orphan,) = world.contents()
+    before = await world.elected()
+    await world.elected()
+
+    with pytest.raises(lock.LockLost):
+        await world.upkeep.sweep(before)
+    with pytest.raises(lock.LockLost):
+        await world.keeping.remove_unused(orphan, before)
+
+    assert world.contents() == {orphan}
 
 
 async def _other():
@@ -199,6 +221,46 @@ async def test_a_sweep_leaves_young_bytes_to_the_upload_that_brings_them(world):
     async with world.blobs.received(_other(), 100) as incoming:
         await world.blobs.keep(incoming)
 
-    await world.upkeep.sweep()
+    await world.upkeep.sweep(await world.elected())
 
     assert len(world.contents()) == 1
+
+
+@on_postgresql
+async def test_an_upload_made_ready_while_it_is_undone_stays(world):
+    begun = await world.files.begin(upload(), "")
+
+    async with world.sql.transaction() as connection:
+        await connection.execute(update(file).values(ready=True))  # as finishing it does
+        undo = asyncio.create_task(world.files.undo(begun.file_id))
+        await asyncio.wait([undo], timeout=0.5)
+
+    assert await undo is False
+    assert (await world.files.get("usr_ann", begun.file_id)).ready
+
+
+async def test_writes_of_one_attempt_that_begin_at_once_are_one_file(world):
+    begun = await asyncio.gather(*(world.files.begin(upload(task_id="tsk_1", attempt=1), "") for _ in range(10)))
+
+    assert len({each.file_id for each in begun}) == 1
+
+
+async def test_writes_of_one_attempt_with_other_bytes_take_each_other_s_place(world):
+    def other(number: int) -> NewFile:
+        return dataclasses.replace(upload(task_id="tsk_1", attempt=1), sha256=f"{number:064d}")
+
+    begun = await asyncio.gather(*(world.files.begin(other(number), "") for number in range(10)))
+
+    assert len(begun) == 10
+    left = await world.files.result("tsk_1", 1)
+    assert left in begun
+
+
+async def test_of_many_who_delete_a_file_at_once_one_does(world):
+    kept = await keep(world.keeping, world, upload())
+
+    outcomes = await asyncio.gather(
+        *(world.files.delete("usr_ann", kept.file_id) for _ in range(10)), return_exceptions=True
+    )
+
+    assert [type(outcome) for outcome in outcomes if not isinstance(outcome, FileNotFound)] == [File]

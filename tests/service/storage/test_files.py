@@ -92,7 +92,7 @@ async def test_an_unknown_query_parameter_is_refused(world):
     async with world.http() as http:
         refusal = await http.post(PATH, params={"name": "a", "nmae": "b"}, content=b"hello")
 
-    assert reason(refusal) == (400, "QUERY_PARAMETER_UNKNOWN")
+    assert reason(refusal) == (400, "QUERY_MALFORMED")
     assert metadata(refusal)["parameter"] == "nmae"
 
 

@@ -15,15 +15,17 @@ from atelier.task.v1 import task_pb2, task_pb2_grpc
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 from sqlalchemy import text
 
-from mesh import capability, database, migrations
+from mesh import capability, database, lock
 from mesh.capability import Capability
 from mesh.errors import NotFound, ResourceExhausted, Unavailable
 from services.storage.blobs import FolderBlobs
+from services.storage.domain import SWEEP
 from services.storage.handlers import StorageService
 from services.storage.http import BytesEndpoints
 from services.storage.keeping import Keeping
 from services.storage.peers import MeshQuota, MeshTasks
 from services.storage.repository import SqlFiles
+from services.storage.tables import lock_table
 from services.storage.upkeep import Upkeep
 from tests import mesh_server
 
@@ -109,6 +111,11 @@ class World:
         self.tasks: Tasks
         self.server: mesh_server.Server
 
+    async def elected(self) -> int:
+        """Return the fence of a replica that sweeps from now on."""
+        async with self.sql.transaction() as connection:
+            return await lock.draw(connection, lock_table, SWEEP)
+
     def stub(self, user: str | None = "usr_ann", caller: str = "edge") -> StorageServiceStub:
         return StorageServiceStub(self.server.channel(user=user, caller=caller))
 
@@ -130,7 +137,7 @@ class World:
     async def age(self, seconds: int = 24 * 3600) -> None:
         """Let everything have happened `seconds` earlier."""
         async with self.sql.transaction() as connection:
-            await connection.execute(text(f"UPDATE file SET create_time = create_time - {seconds} * 1000000"))
+            await connection.execute(text(f"UPDATE file SET create_time = create_time - {seconds * 1_000_000}"))
         age_files(self.folder, seconds)
 
     async def rows(self) -> dict[str, str]:
@@ -170,10 +177,8 @@ def granted(attempt: int = 1, *, key: str = KEY, max_bytes: int = LIMIT_BYTES, i
 
 
 @asynccontextmanager
-async def opened(tmp_path: Path) -> AsyncIterator[World]:
-    """Open a world of its own in a folder."""
-    url = f"sqlite+aiosqlite:///{tmp_path}/storage.db"
-    await migrations.upgrade("storage", url)
+async def opened(tmp_path: Path, url: str) -> AsyncIterator[World]:
+    """Open a world of its own in a folder, over a database of its own."""
     users, tasks = Users(), Tasks()
     async with AsyncExitStack() as stack:
         peers = await stack.enter_async_context(

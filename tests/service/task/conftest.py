@@ -8,7 +8,6 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,16 +17,17 @@ from atelier.task.v1 import task_pb2 as pb
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub, add_TaskServiceServicer_to_server
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 
-from mesh import database, migrations, wire
+from mesh import database, lock, wire
 from mesh.errors import MeshError, NotFound, ResourceExhausted, Unavailable
 from mesh.outbox import Message
 from services.task import convert
-from services.task.domain import Terms
+from services.task.domain import FORGET, Terms
 from services.task.handlers import TaskService
 from services.task.repository import SqlTasks
-from services.task.tables import outbox_table
+from services.task.tables import lock_table, outbox_table
 from services.task.upkeep import Upkeep
 from services.task.watch import Watches
+from tests.databases import NewDatabase
 from tests.eventually import eventually
 from tests.held_clock import HeldClock
 from tests.mesh_server import Server, serving
@@ -197,6 +197,11 @@ class Replica:
         request = pb.FailTaskRequest(task_id=task.task_id, attempt=task.attempt, error=error, **how)
         return (await self.worker.FailTask(request)).state
 
+    async def fence(self) -> int:
+        """Have this replica keep house; those before are refused from now on."""
+        async with self.database.transaction() as connection:
+            return await lock.draw(connection, lock_table, FORGET)
+
     async def sent(self) -> list[Message]:
         """Return what is in the outbox."""
         async with self.database.reading() as connection:
@@ -240,10 +245,9 @@ def bus() -> Bus:
 
 
 @pytest.fixture
-async def start(tmp_path: Path, storage: Storage, users: Users, bus: Bus) -> AsyncIterator[Start]:
+async def start(new_database: NewDatabase, storage: Storage, users: Users, bus: Bus) -> AsyncIterator[Start]:
     """Start any number of replicas over one database."""
-    url = f"sqlite+aiosqlite:///{tmp_path}/task.db"
-    await migrations.upgrade("task", url)
+    url = await new_database("task")
     async with AsyncExitStack() as stack:
 
         async def start(terms: Terms = BRISK, idle_seconds: float = 15.0) -> Replica:

@@ -1,6 +1,5 @@
 """Tasks are kept for a while after their end, and then are gone, with all that was about them."""
 
-import asyncio
 from datetime import timedelta
 
 from atelier.task.v1 import task_pb2 as pb
@@ -8,8 +7,8 @@ from sqlalchemy import func, select
 
 from services.task.domain import Terms
 from services.task.tables import metadata
-from services.task.upkeep import CUT_AT_ONCE, Upkeep
-from tests.service.task.conftest import OWNER, Bus, Replica, Start, Users, refused
+from services.task.upkeep import CUT_AT_ONCE
+from tests.service.task.conftest import OWNER, Replica, Start, Users, refused
 from tests.service.task.test_batches import batch, resized
 
 NOTHING, MONTH = timedelta(0), timedelta(days=30)
@@ -22,6 +21,11 @@ async def rows(replica: Replica) -> dict[str, int]:
             name: (await connection.execute(select(func.count()).select_from(metadata.tables[name]))).scalar_one()
             for name in ("task", "task_event", "task_batch")
         }
+
+
+async def cut(replica: Replica, kept: timedelta = NOTHING) -> int:
+    """Cut once."""
+    return await replica.tasks.cut(kept, 100, await replica.fence())
 
 
 async def ended(replica: Replica) -> list[pb.Task]:
@@ -38,9 +42,9 @@ async def test_what_ended_longer_ago_than_it_is_kept_is_gone_with_its_history(re
     for task in await ended(replica):
         assert (await replica.user().GetTask(pb.GetTaskRequest(task_id=task.task_id))).HasField("end_time")
 
-    cut = await replica.tasks.cut(NOTHING, 100)
+    gone = await cut(replica)
 
-    assert (cut, await rows(replica)) == (3, {"task": 0, "task_event": 0, "task_batch": 0})
+    assert (gone, await rows(replica)) == (3, {"task": 0, "task_event": 0, "task_batch": 0})
     assert not (await replica.user().ListTasks(pb.ListTasksRequest())).tasks
 
 
@@ -50,8 +54,8 @@ async def test_what_has_not_ended_or_ended_lately_stays(replica: Replica):
     await replica.claimed()
     queued = await replica.create()
 
-    lately = await replica.tasks.cut(MONTH, 100)
-    await replica.tasks.cut(NOTHING, 100)
+    lately = await cut(replica, MONTH)
+    await cut(replica)
 
     assert (lately, (await rows(replica))["task"]) == (0, 2)
     assert (await replica.user().GetTask(pb.GetTaskRequest(task_id=queued.task_id))).state == pb.Task.STATE_QUEUED
@@ -62,7 +66,7 @@ async def test_a_task_that_was_retried_stays(replica: Replica):
     await replica.user().CancelTask(pb.CancelTaskRequest(task_id=task.task_id))
     await replica.user().RetryTask(pb.RetryTaskRequest(task_id=task.task_id))
 
-    assert await replica.tasks.cut(NOTHING, 100) == 0
+    assert await cut(replica) == 0
 
 
 async def test_a_batch_goes_with_the_last_of_its_tasks(replica: Replica):
@@ -70,33 +74,45 @@ async def test_a_batch_goes_with_the_last_of_its_tasks(replica: Replica):
     first, second = await replica.claimed(), await replica.claimed()
     await replica.complete(first)
 
-    await replica.tasks.cut(NOTHING, 100)
+    await cut(replica)
     found = await replica.user().GetTaskBatch(pb.GetTaskBatchRequest(batch_id=made.batch_id))
     await replica.complete(second)
-    await replica.tasks.cut(NOTHING, 100)
+    await cut(replica)
 
     assert (found.fraction, found.task_count, found.state_counts) == (0.5, 2, pb.TaskBatch.StateCounts(running=1))
     refusal = await refused(replica.user().GetTaskBatch(pb.GetTaskBatchRequest(batch_id=made.batch_id)))
     assert refusal.reason == "TASK_BATCH_NOT_FOUND"
 
 
-async def test_upkeep_cuts_step_by_step_in_all_replicas_at_once(start: Start, users: Users):
+async def test_upkeep_cuts_step_by_step(start: Start, users: Users):
     users.limit = 3 * CUT_AT_ONCE
-    replicas = [await start(Terms(kept=NOTHING)) for _ in range(2)]
+    replica = await start(Terms(kept=NOTHING))
     for _ in range(3):
-        made = await replicas[0].user().CreateTaskBatch(batch(*(resized() for _ in range(CUT_AT_ONCE))))
-        await replicas[0].user().CancelTaskBatch(pb.CancelTaskBatchRequest(batch_id=made.batch_id))
-    step = await replicas[0].tasks.cut(NOTHING, 10)
+        made = await replica.user().CreateTaskBatch(batch(*(resized() for _ in range(CUT_AT_ONCE))))
+        await replica.user().CancelTaskBatch(pb.CancelTaskBatchRequest(batch_id=made.batch_id))
+    fence = await replica.fence()
+    step = await replica.tasks.cut(NOTHING, 10, fence)
 
-    await asyncio.gather(*(Upkeep(each.tasks, Bus(), lambda: Terms(kept=NOTHING)).cut() for each in replicas))
+    await replica.upkeep.forget(fence)
 
-    assert (step, await rows(replicas[1])) == (10, {"task": 0, "task_event": 0, "task_batch": 0})
+    assert (step, await rows(replica)) == (10, {"task": 0, "task_event": 0, "task_batch": 0})
+
+
+async def test_a_replica_that_no_longer_keeps_house_cuts_nothing(start: Start):
+    before, after = await start(), await start()
+    await ended(before)
+    replaced = await before.fence()
+    await after.fence()
+
+    for step in (before.tasks.cut(NOTHING, 100, replaced), before.tasks.forget(replaced)):
+        assert (await refused(step)).reason == "LOCK_LOST"
+    assert (await rows(after))["task"] == 3
 
 
 async def test_forgetting_keeps_keys_that_may_be_repeated(replica: Replica):
     first = await replica.create(request_id="key")
 
-    await replica.tasks.forget()
+    await replica.tasks.forget(await replica.fence())
 
     assert (await replica.create(request_id="key")).task_id == first.task_id
     assert first.user_id == OWNER

@@ -7,10 +7,13 @@ from functools import partial
 
 from atelier.task.v1 import task_pb2 as pb
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub
+from sqlalchemy import select
 
 from mesh import ids
 from services.task import domain
 from services.task.domain import Change, Task, Terms
+from services.task.tables import task as task_table
+from tests.databases import on_postgresql
 from tests.service.task.conftest import OWNER, PHOTO, Replica, Start, resize
 
 HOUR = Terms(lease=timedelta(hours=1))
@@ -153,6 +156,17 @@ async def test_calls_at_once_of_one_user_take_turns_one_after_the_other(start: S
 
     served = [task.turn for task in await claims(replicas[0], 20)]
     assert served == [domain.LONGEST_TURN * number for number in range(20)]
+
+
+@on_postgresql
+async def test_a_claim_that_is_under_way_holds_up_no_other(replica: Replica):
+    first, second = await replica.create(), await replica.create()
+
+    async with replica.database.transaction() as connection:
+        await connection.execute(select(task_table).where(task_table.c.task_id == first.task_id).with_for_update())
+        [claimed] = await claims(replica, 1)
+
+    assert claimed.task_id == second.task_id
 
 
 async def test_the_weight_is_that_of_the_role_in_the_access_token(replica: Replica):

@@ -193,6 +193,16 @@ async def test_nothing_is_taken_for_one_lease_after_a_start(replica: Replica):
     assert (early, await state(replica, task)) == ("STATE_RUNNING", "STATE_QUEUED")
 
 
+async def test_no_two_claimers_get_the_same_task_and_none_is_passed_over(start: Start):
+    replicas = [await start(Terms()), await start(Terms())]
+    created = {(await replicas[0].create()).task_id for _ in range(30)}
+
+    claims = await asyncio.gather(*(replica.claim() for replica in replicas * 25))
+
+    claimed = [assignment.task.task_id for assignment in claims if assignment is not None]
+    assert sorted(claimed) == sorted(created)
+
+
 async def test_two_replicas_take_back_a_task_once(start: Start):
     replicas = [await start(), await start()]
     await replicas[0].create()

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 import pytest
 from argon2 import PasswordHasher
@@ -14,14 +13,16 @@ from atelier.auth.v1 import auth_pb2, auth_pb2_grpc
 from atelier.task.v1 import task_pb2, task_pb2_grpc
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 
-from mesh import database, migrations
+from mesh import database
 from mesh.context import caller
+from mesh.database import Database
 from mesh.errors import MeshError, NotFound
 from services.user.consumers import TaskEvents
 from services.user.handlers import UserService
 from services.user.passwords import Argon2Passwords
 from services.user.repository import SqlAccounts, SqlQuotas
 from services.user.upkeep import Upkeep
+from tests.databases import NewDatabase
 from tests.held_clock import HeldClock
 from tests.mesh_server import Server, serving
 
@@ -71,6 +72,7 @@ class Home:
     """What a test of the user service needs at hand."""
 
     server: Server
+    sql: Database
     accounts: SqlAccounts
     quotas: SqlQuotas
     auth: StubAuth
@@ -103,9 +105,8 @@ class Home:
 
 
 @pytest.fixture
-async def home(tmp_path: Path) -> AsyncIterator[Home]:
-    url = f"sqlite+aiosqlite:///{tmp_path}/user.db"
-    await migrations.upgrade("user", url)
+async def home(new_database: NewDatabase) -> AsyncIterator[Home]:
+    url = await new_database("user")
     auth, tasks, clock = StubAuth(), StubTasks(), HeldClock(datetime(2026, 10, 30, 12, 0, tzinfo=UTC))
     async with (
         database.opened(url) as sql,
@@ -125,7 +126,7 @@ async def home(tmp_path: Path) -> AsyncIterator[Home]:
         task = task_pb2_grpc.TaskServiceStub(task_server.channel(caller="user"))
         upkeep = Upkeep(accounts, quotas, task, tokens, clock)
         async with serving(partial(user_pb2_grpc.add_UserServiceServicer_to_server, users)) as server:
-            yield Home(server, accounts, quotas, auth, tasks, clock, TaskEvents(quotas, clock), upkeep)
+            yield Home(server, sql, accounts, quotas, auth, tasks, clock, TaskEvents(quotas, clock), upkeep)
         # Whatever a test did, the counters are the sum of the ledger.
         assert await quotas.audit() == []
 

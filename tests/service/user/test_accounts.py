@@ -6,6 +6,7 @@ import pytest
 from atelier.user.v1 import user_pb2 as pb
 from google.protobuf.field_mask_pb2 import FieldMask
 
+from mesh import lock
 from mesh.errors import (
     Aborted,
     AlreadyExists,
@@ -17,7 +18,8 @@ from mesh.errors import (
     Unauthenticated,
     Unavailable,
 )
-from services.user.domain import Status
+from services.user.domain import FORGET, Status
+from services.user.tables import lock_table
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -411,6 +413,8 @@ async def test_services_read_role_and_status(home):
 async def test_forgetting_keeps_what_may_still_be_repeated(home):
     user = await home.stub().RegisterUser(registration(request_id="r1"))
 
-    await home.accounts.forget()
+    async with home.sql.transaction() as connection:
+        fence = await lock.draw(connection, lock_table, FORGET)
+    await home.accounts.forget(fence)
 
     assert (await home.stub().RegisterUser(registration(request_id="r1"))).user_id == user.user_id

@@ -42,7 +42,7 @@ class FakeConsul:
         if self.failing:
             raise ConsulException("500")
 
-    async def service(self, name: str, index: int | None = None, wait: str = "", passing: bool = False):
+    async def service(self, name: str, index: int | None = None, wait: str = ""):
         self.queries[name] += 1
         await self._answer(index)
         entries = [
@@ -50,8 +50,9 @@ class FakeConsul:
                 "Node": {"Address": "127.0.0.9"},
                 "Service": {"ID": found.instance_id, "Address": found.host, "Port": found.port, "Meta": None},
                 "Checks": [
-                    {"Status": "passing", "Output": "of the agent"},
+                    {"ServiceID": "", "Status": "passing", "Output": "of the agent"},
                     {
+                        "ServiceID": found.instance_id,
                         "Status": "critical" if found.instance_id in self.critical else "passing",
                         "Output": self.critical.get(found.instance_id, "fine"),
                     },

@@ -30,6 +30,7 @@ from mesh.control.snapshot import (
     endpoints,
     grpc_clients,
 )
+from mesh.http import KEEP_ALIVE_SECONDS
 
 GET = Method(
     full_name="/atelier.task.v1.TaskService/GetTask", service="atelier.task.v1.TaskService", owner="task",
@@ -92,8 +93,13 @@ def test_the_rate_class_counts_users_or_addresses(access: str, key: str) -> None
         assert route["metadata"]["filter_metadata"]["atelier.rates"] == {key: "READ"}
 
 
-def test_the_deadline_becomes_the_timeout() -> None:
-    assert [route["route"]["timeout"] for route in routed(GET)] == ["5s", "5s"]
+def test_the_edge_waits_a_little_longer_than_the_deadline_for_the_service_to_say_so() -> None:
+    assert [route["route"]["timeout"] for route in routed(GET)] == ["6s", "6s"]
+
+
+def test_bytes_may_take_their_time_but_must_not_stand_still() -> None:
+    for route in routed(replace(GET, bytes=True, deadline_seconds=600)):
+        assert (route["route"]["timeout"], route["route"]["idle_timeout"]) == ("0s", "60s")
 
 
 def test_a_stream_has_no_timeout_but_must_not_fall_silent() -> None:
@@ -259,6 +265,13 @@ def test_a_service_that_no_contract_names_can_be_called_by_its_name_in_the_regis
     assert "notification" in grpc_clients({"notification": ()}, contract(GET), str).of(LISTENER)
 
 
+def test_grpc_clients_are_told_whose_certificate_to_expect_in_the_field_that_grpc_reads() -> None:
+    tls = message(grpc_clients({}, contract(GET), "spiffe://mesh/{}".format), CLUSTER, "task")["transport_socket"]
+
+    context = tls["typed_config"]["common_tls_context"]["validation_context"]
+    assert context["match_subject_alt_names"] == [{"exact": "spiffe://mesh/task"}]
+
+
 @pytest.mark.parametrize("idempotent", [True, False])
 def test_grpc_clients_retry_idempotent_calls_only_and_are_given_no_timeouts(idempotent: bool) -> None:
     message = grpc_clients({}, contract(replace(GET, idempotent=idempotent)), str).of(ROUTES)["task"].packed
@@ -297,6 +310,14 @@ def test_clients_and_edge_eject_what_fails_and_never_more_than_half() -> None:
         assert told["outlier_detection"]["max_ejection_percent"] == 50
         assert told["outlier_detection"]["consecutive_gateway_failure"] == 5
         assert told["outlier_detection"]["enforcing_failure_percentage"] == 100
+
+
+def test_the_edge_gives_up_an_idle_http_connection_before_the_service_does() -> None:
+    told = message(edge.envoy(installed(), IMAGE.read_bytes(), KEYED, SETTINGS, str), CLUSTER, "storage-http")
+
+    (options,) = told["typed_extension_protocol_options"].values()
+    idle = float(options["common_http_protocol_options"]["idle_timeout"].removesuffix("s"))
+    assert 0 < idle < KEEP_ALIVE_SECONDS
 
 
 def test_requests_at_a_time_are_bounded_by_the_settings_and_retries_by_a_budget() -> None:

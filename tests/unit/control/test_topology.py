@@ -13,6 +13,7 @@ from mesh.control.faults import Fault, Faults
 from mesh.control.server import Stream
 from mesh.control.snapshot import ENDPOINTS, Snapshot, snapshot
 from mesh.control.topology import client_to_proto, permissions, service_to_proto
+from mesh.intentions import Intention
 
 NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)
 
@@ -87,12 +88,21 @@ def test_an_instance_is_shown_with_its_check_its_process_and_its_settings() -> N
 
 
 def test_permissions_are_what_the_policies_say() -> None:
-    found = {(each.caller, each.callee): list(each.methods) for each in permissions(installed())}
+    found = {(each.caller, each.callee): list(each.methods) for each in permissions(installed(), [])}
 
     assert "/atelier.user.v1.UserService/ReserveQuota" in found["task", "user"]
     assert ("media", "user") not in found
     assert found["control", "control"] == ["/atelier.mesh.v1.TopologyService/ListClients"]
     assert "/atelier.mesh.v1.TopologyService/ListClients" not in found["edge", "control"]
+
+
+def test_permissions_say_what_an_intention_takes() -> None:
+    intentions = [Intention("edge", "storage", 9, allows=False), Intention("media", "user", 9, allows=True)]
+
+    found = permissions(installed(), intentions)
+
+    assert [(each.caller, each.callee) for each in found if each.denied] == [("edge", "storage")]
+    assert ("media", "user") not in {(each.caller, each.callee) for each in found}
 
 
 def test_a_bad_fault_leaves_the_last_good_one_and_a_deleted_one_is_gone() -> None:

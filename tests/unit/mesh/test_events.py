@@ -50,9 +50,18 @@ def test_a_time_without_a_zone_is_refused() -> None:
         Timestamp().process_bind_param(datetime(2026, 1, 2), sqlite.dialect())  # noqa: DTZ001 - the mistake itself
 
 
-@pytest.mark.parametrize("url", ["postgresql+asyncpg://user:secret@host/task", "sqlite+aiosqlite:///:memory:"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql+aiomysql://user:secret@host/task",
+        "postgresql+asyncpg://user:secret@host/task",
+        "postgresql+psycopg://user:secret@host",
+        "user:secret@host",
+        "sqlite+aiosqlite:///:memory:",
+    ],
+)
 def test_a_database_that_cannot_be_shared_by_replicas_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(DatabaseNotSupported) as refusal:
-        database.sqlite_path(url)
+        database.require_supported(url)
 
     assert "secret" not in f"{refusal.value.message}{refusal.value.metadata}"

@@ -1,7 +1,8 @@
-"""Ids, page tokens and workers' capabilities."""
+"""Ids, page tokens, workers' capabilities and background work."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from base64 import urlsafe_b64encode
@@ -12,7 +13,10 @@ import pytest
 
 from mesh import capability, ids, paging
 from mesh.capability import Capability, CapabilityInvalid
+from mesh.errors import Unavailable
 from mesh.paging import PageTokenMalformed
+from mesh.service import every
+from tests.eventually import eventually
 
 KEY = "0123456789abcdef" * 4
 
@@ -137,3 +141,16 @@ def test_a_capability_whose_claims_were_changed_is_refused() -> None:
 
     with pytest.raises(CapabilityInvalid):
         capability.verify(KEY, f"{head}.{token_of(json.dumps(claims(user='usr_2')))}.{signature}")
+
+
+async def test_work_that_found_something_away_is_taken_up_again_at_its_own_pace():
+    calls = []
+
+    async def step() -> None:
+        calls.append("call")
+        if len(calls) < 3:
+            raise Unavailable("away")
+
+    work = asyncio.create_task(every(0.01, step)())
+    await eventually(lambda: len(calls) >= 4)
+    work.cancel()

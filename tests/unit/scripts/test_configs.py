@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pwd
+import signal
 import stat
 
 import pytest
 from supervisor.options import ServerOptions
 
-from scripts.local import configs
+from scripts.local import configs, postgresql
 from scripts.local.layout import MARKER, Layout, Process, SettingRefused
+from scripts.local.programs import CannotStart
 
 KEYS = dict.fromkeys(("consul.registrar", "connect.id", "connect.pem", "connect.key"), "s3cret")
 
@@ -108,3 +111,19 @@ def test_a_wiped_consul_comes_back_as_the_same_authority_and_trusts_nobody_witho
     assert settings["connect"]["ca_config"]["cluster_id"] == keys["connect.id"]
     assert settings["connect"]["ca_config"]["root_cert"] == (mesh.secrets / "connect.pem").read_text()
     assert "initial_management" in configs.consul(mesh, (1, 14), keys)["acl"]["tokens"]
+
+
+def test_a_program_may_run_as_another_user_and_end_by_a_signal_of_its_own(mesh):
+    server = Process(name="postgresql", wave=0, command=("postgres",), environment={}, user="nobody", stop_signal="INT")
+
+    read = as_supervisord_reads_it(mesh, server)
+
+    assert (read.uid, read.stopsignal) == (pwd.getpwnam("nobody").pw_uid, signal.SIGINT)
+
+
+def test_a_folder_that_lets_only_its_owner_in_is_named_before_postgresql_fails_in_it(tmp_path):
+    (tmp_path / "closed" / "var").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0o700)
+
+    with pytest.raises(CannotStart, match=r"chmod o\+x /"):
+        postgresql.require_enterable(tmp_path / "closed" / "var", "nobody")

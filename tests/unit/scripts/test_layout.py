@@ -8,6 +8,7 @@ import pytest
 
 from scripts.local import configs
 from scripts.local.layout import (
+    DATABASES,
     SERVICES,
     SPAN,
     WORKERS,
@@ -78,11 +79,43 @@ def test_a_silent_caller_means_the_mesh_as_it_was_last(tmp_path):
         {"ATELIER_EDGE_PORT": "17500"},
         {"ATELIER_VAR": "/" + "deep/" * 30},
         {"ATELIER_VAR": '/a"b'},
+        {"ATELIER_DATABASE": "mysql"},
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_by_name(setting, tmp_path):
     with pytest.raises(SettingRefused, match=next(iter(setting))):
         Layout.from_environment({"ATELIER_VAR": str(tmp_path), **setting})
+
+
+def test_the_data_of_a_mesh_stays_in_the_kind_of_database_that_it_began_with(mesh):
+    mesh.last.parent.mkdir()
+    configs.remember(replace(mesh, database="postgresql"))
+
+    silent = Layout.from_environment({"ATELIER_VAR": str(mesh.var)})
+
+    assert silent.database == "postgresql"
+    with pytest.raises(SettingRefused, match="kept by postgresql"):
+        Layout.from_environment({"ATELIER_VAR": str(mesh.var), "ATELIER_DATABASE": "sqlite"})
+
+
+def test_postgresql_runs_where_it_is_asked_for_and_has_a_port_of_its_own(mesh):
+    server = programs(replace(mesh, database="postgresql"))["postgresql"]
+
+    assert "postgresql" not in programs(mesh)
+    assert server.address == f"127.0.0.1:{mesh.postgresql_port}"
+    assert mesh.postgresql_port not in mesh.fixed_ports
+    assert mesh.postgresql_port in replace(mesh, database="postgresql").fixed_ports
+
+
+def test_no_process_is_told_of_another_s_database(mesh):
+    told = {
+        (name.rpartition("-")[0], variable)
+        for name, process in programs(mesh).items()
+        for variable in process.environment
+        if variable.endswith("_DATABASE_URL")
+    }
+
+    assert told == {(name, f"{name.upper()}_DATABASE_URL") for name in DATABASES}
 
 
 def test_every_service_runs_as_often_as_asked(mesh):
@@ -105,12 +138,19 @@ def test_each_instance_knows_its_name_and_where_the_mesh_is(mesh):
 def test_a_service_setting_of_the_callers_wins_and_the_place_of_the_mesh_does_not(mesh):
     caller = {"TASK_LEASE_SECONDS": "3", "USER_DATABASE_URL": "sqlite+aiosqlite:////else.db", "ATELIER_CONSUL_URL": "x"}
 
-    told = programs(mesh, {**caller, "SHELL": "/bin/sh"})["task-1"].environment
+    told = programs(mesh, {**caller, "SHELL": "/bin/sh"})["user-1"].environment
 
     assert told["TASK_LEASE_SECONDS"] == "3"
     assert told["USER_DATABASE_URL"] == "sqlite+aiosqlite:////else.db"
     assert told["ATELIER_CONSUL_URL"] == mesh.consul_url
     assert "SHELL" not in told
+
+
+def test_two_meshes_and_two_replacing_envoys_share_nothing(mesh):
+    other = replace(mesh, var=mesh.var / "other")
+
+    assert mesh.edge_base_id != other.edge_base_id
+    assert mesh.edge_base_id == replace(mesh, edge_port=8081).edge_base_id
 
 
 def test_the_edge_starts_after_the_services_and_these_after_the_brokers(mesh):

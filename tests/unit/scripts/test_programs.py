@@ -12,6 +12,7 @@ import pytest
 from scripts.local import programs
 from scripts.local.layout import MARKER, Layout, Process
 from scripts.local.programs import CannotStart
+from scripts.local.restart import in_turn, selected
 from scripts.local.up import batches
 
 
@@ -96,3 +97,43 @@ def test_of_each_service_one_replica_restarts_at_a_time():
     together = [{process.name for process in batch} for batch in batches(processes)]
 
     assert together == [{"consul"}, {"task-1", "user-1"}, {"task-2"}, {"envoy"}]
+
+
+PRESENT = [
+    Process(name=name, wave=wave, command=(), environment={})
+    for name, wave in [
+        ("consul", 0),
+        ("registrar", 1),
+        ("task-1", 2),
+        ("task-2", 2),
+        ("media-worker-1", 2),
+        ("envoy", 3),
+    ]
+]
+
+
+def names(processes: list[Process]) -> list[str]:
+    return [process.name for process in processes]
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ([], ["registrar", "task-1", "task-2", "media-worker-1", "envoy"]),
+        (["task"], ["task-1", "task-2"]),
+        (["task-2", "envoy"], ["task-2", "envoy"]),
+        (["consul"], ["consul"]),
+    ],
+)
+def test_a_name_means_a_program_or_all_replicas_of_one_and_none_means_all_that_is_ours(asked, meant):
+    assert names(selected(PRESENT, asked)) == meant
+
+
+@pytest.mark.parametrize("unknown", ["tasks", "media", "task-3"])
+def test_a_name_that_means_nothing_is_refused_with_those_that_do(unknown):
+    with pytest.raises(CannotStart, match=rf"no program {unknown}.*task-1"):
+        selected(PRESENT, [unknown])
+
+
+def test_programs_restart_in_the_order_of_a_start_and_replicas_of_one_service_apart():
+    assert names(in_turn(PRESENT)) == ["consul", "registrar", "task-1", "media-worker-1", "task-2", "envoy"]

@@ -9,7 +9,7 @@ import pytest
 from scripts.local.layout import ROOT
 
 
-@pytest.mark.parametrize("name", ["up", "down", "status", "test", "bench", "protos", "lock"])
+@pytest.mark.parametrize("name", ["up", "down", "status", "restart", "test", "bench", "protos", "lock"])
 def test_a_script_prints_its_usage_and_does_nothing_else(name, tmp_path):
     done = subprocess.run(
         [ROOT / "scripts" / name, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False

@@ -39,6 +39,17 @@ async def test_a_hash_with_other_parameters_is_outdated(passwords):
     assert not passwords.outdated(await passwords.hashed("correct horse"))
 
 
+async def test_r20_the_loop_that_answers_health_turns_while_a_password_is_hashed(passwords):
+    hashing = asyncio.create_task(passwords.hashed("correct horse"))
+    turns = 0
+
+    while not hashing.done():
+        await asyncio.sleep(0)
+        turns += 1
+
+    assert turns > 10  # hashed on the loop, it is done after the first
+
+
 async def test_beyond_the_queue_people_are_told_to_come_back():
     passwords = Argon2Passwords()
     gate = threading.Event()

@@ -123,6 +123,10 @@ def test_waiting_does_not_free_storage():
     assert exceeded(account(), Kind.STORAGE_BYTES, Usage(), 2 * GIB, NOW).retry_after_seconds is None
 
 
+def test_waiting_does_not_help_whoever_asks_for_more_than_a_month_has() -> None:
+    assert exceeded(account(), Kind.TASKS, Usage(), 101, NOW).retry_after_seconds is None
+
+
 @pytest.mark.parametrize("state", [State.HELD, State.BOUND])
 def test_settling_charges_what_was_set_aside(state):
     move = moved(reservation(state), State.SETTLED)

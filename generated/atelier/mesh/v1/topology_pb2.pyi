@@ -288,10 +288,13 @@ class Permission(_message.Message):
     CALLER_FIELD_NUMBER: _builtins.int
     CALLEE_FIELD_NUMBER: _builtins.int
     METHODS_FIELD_NUMBER: _builtins.int
+    DENIED_FIELD_NUMBER: _builtins.int
     caller: _builtins.str
     """The caller; `edge` stands for people."""
     callee: _builtins.str
     """The service that is called."""
+    denied: _builtins.bool
+    """An intention in Consul denies all of them for now."""
     @_builtins.property
     def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Full names of the rpcs, in order."""
@@ -302,10 +305,11 @@ class Permission(_message.Message):
         caller: _builtins.str = ...,
         callee: _builtins.str = ...,
         methods: _abc.Iterable[_builtins.str] | None = ...,
+        denied: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["callee", b"callee", "caller", b"caller", "methods", b"methods"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["callee", b"callee", "caller", b"caller", "denied", b"denied", "methods", b"methods"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,69 @@
+"""SQLite connections that stop working when nobody waits for them any more.
+
+A statement of SQLite runs in a thread, which does not hear that its caller was cancelled: left alone it reads on to
+its end, a writer's with the database's lock in its hands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import aiosqlite
+from sqlalchemy import Connection
+from sqlalchemy.exc import OperationalError
+
+LOOK_MS = 50  # how long SQLite itself may wait for a lock: meanwhile it hears nothing
+AGAIN_SECONDS = 0.01  # between two interruptions: one that comes before its statement has begun is not heard
+
+# What ends a transaction is short and goes to its end, so that its caller finds it either done or not.
+_TO_THE_END = frozenset({"commit", "rollback", "close"})
+
+
+def connect(path: str, **settings: Any) -> aiosqlite.Connection:
+    """Return a connection to a file, for SQLAlchemy's `async_creator_fn`; `settings` are those of `sqlite3.connect`."""
+    connection = _Interruptible(partial(sqlite3.connect, path, **settings), iter_chunk_size=64)
+    connection._thread.daemon = True  # noqa: SLF001 - as SQLAlchemy does to those that it makes itself
+    return connection
+
+
+def begin_immediate(connection: Connection, within_seconds: float) -> None:
+    """Begin a transaction that writes, waiting for another process's in looks of `LOOK_MS`, between which it hears.
+
+    Raises:
+        OperationalError: the lock could not be had in time, or the database is away.
+    """
+    give_up = time.monotonic() + within_seconds
+    while True:
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        except OperationalError as failure:
+            code = getattr(failure.orig, "sqlite_errorcode", 0) & 0xFF  # the primary one: a log's recovery is busy, too
+            if code != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                raise
+        else:
+            return
+
+
+class _Interruptible(aiosqlite.Connection):
+    async def _execute(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super()._execute(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        except asyncio.CancelledError:
+            await self._idle(interrupting=getattr(fn, "__name__", "") not in _TO_THE_END)
+            raise
+
+    async def _idle(self, *, interrupting: bool) -> None:
+        """Return when the thread has nothing left to do, and be cancelled no second time meanwhile."""
+        idle: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tx.put_nowait((idle, lambda: None))
+        while not idle.done():
+            if interrupting:
+                self._conn.interrupt()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([idle], timeout=AGAIN_SECONDS)

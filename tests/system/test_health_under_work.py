@@ -1,0 +1,78 @@
+"""R-20: work never blocks the loop that answers health."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.installation import Mesh
+from tests.people import Person
+from tests.photographs import photograph
+from tests.system.test_main_job import upload, watched
+
+ANSWER_SECONDS = 0.15  # three times the bound, since machines are shared
+MUCH = {"resize": {"width": 4000, "fit": "FIT_FIT", "format": "FORMAT_AVIF"}}  # some four seconds of pure CPU
+IDLE = "media"  # has nothing to do here: what its health takes is the machine's own doing
+
+
+async def health_of(mesh: Mesh, service: str) -> list[grpc.aio.Channel]:
+    """Return a channel to what answers probes of each instance of a service: of its ports, the one in clear."""
+    found = []
+    for pid in mesh.pids(service).values():
+        listening = [each for each in psutil.Process(pid).net_connections("inet") if each.status == psutil.CONN_LISTEN]
+        for each in listening:
+            channel = grpc.aio.insecure_channel(f"127.0.0.1:{each.laddr.port}")
+            try:
+                await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+            except grpc.aio.AioRpcError:
+                await channel.close()
+            else:
+                found.append(channel)
+    assert len(found) == len(mesh.pids(service))
+    return found
+
+
+async def answer_seconds(channel: grpc.aio.Channel, work: asyncio.Future[object]) -> float:
+    """Return within what time nine of ten probes were answered that were sent, at equal pace, while `work` went on."""
+
+    async def probe() -> float:
+        began = time.monotonic()
+        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
+        return time.monotonic() - began
+
+    probes = []
+    while not work.done():
+        probes.append(asyncio.create_task(probe()))  # not after the last one's answer: a pause would count once
+        await asyncio.sleep(0.05)
+    assert len(probes) > 10
+    return statistics.quantiles(await asyncio.gather(*probes), n=10)[-1]
+
+
+async def require_health(mesh: Mesh, service: str, work: Callable[[], Awaitable[None]], at_a_time: int) -> None:
+    busy, idle = await health_of(mesh, service), await health_of(mesh, IDLE)
+    working = asyncio.gather(*(work() for _ in range(at_a_time)))
+
+    took = await asyncio.gather(*(answer_seconds(channel, working) for channel in (*busy, *idle)))
+
+    await working
+    for channel in (*busy, *idle):
+        await channel.close()
+    assert max(took[: len(busy)]) < max(ANSWER_SECONDS, 3 * max(took[len(busy) :])), took
+
+
+@pytest.mark.timeout(300)
+async def test_r20_a_worker_answers_probes_while_it_computes(mesh: Mesh, person: Person) -> None:
+    file = await upload(person, photograph())
+
+    async def done() -> None:
+        created = await person.http.post("tasks", json={"inputFileId": file["fileId"], "operation": MUCH})
+        assert (await watched(person.http, created.json()["taskId"]))["state"] == "STATE_SUCCEEDED"
+
+    await require_health(mesh, "media-worker", done, at_a_time=2)
