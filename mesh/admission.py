@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import uuid_utils
 
@@ -42,6 +44,7 @@ def admit(
     intentions: Intentions,
     *,
     seconds: float | None,
+    draining: asyncio.Event | None = None,
 ) -> Request:
     """Make the request that `metadata` describes the present one, and return it if the policy of `method` lets it in.
 
@@ -52,6 +55,7 @@ def admit(
         verifier: checks the token.
         intentions: may take back what the policy allows, and nothing else.
         seconds: what the caller left of its time; None for no limit of its own.
+        draining: set when this instance stops; None for a listener whose calls never only wait.
 
     Raises:
         CallerNotAllowed, RoleRequired, and whatever `Intentions.require_allowed` and `Verifier.user` raise.
@@ -62,6 +66,7 @@ def admit(
         request_id=metadata.get("x-request-id") or str(uuid_utils.uuid4()),
         deadline=time.monotonic() + min(method.deadline_seconds, math.inf if seconds is None else seconds),
         metadata=metadata,
+        draining=draining or asyncio.Event(),
     )
     context.serve(request)
     if not method.allows(request.caller):
@@ -72,7 +77,7 @@ def admit(
     intentions.require_allowed(request.caller)
     if method.access in ("USER", "ADMIN"):
         user = verifier.user(metadata.get("authorization"))
-        request = Request(request.caller, user, request.request_id, request.deadline, metadata)
+        request = replace(request, user=user)
         context.serve(request)
         if method.access == "ADMIN" and user.role != ADMIN:
             raise RoleRequired(

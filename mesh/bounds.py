@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 
 from mesh.errors import InvalidArgument
 
+DURATION = "google.protobuf.Duration"
 MOST_VIOLATIONS = 20  # told at once; a refusal must fit in the 8 KiB that gRPC allows for trailers
 
 
@@ -83,9 +84,14 @@ def _checks(descriptor: Descriptor) -> tuple[_Check, ...]:
 
 
 def _message_checks(field: FieldDescriptor, kind: Descriptor) -> Iterator[_Check]:
-    if field.GetOptions().Extensions[policy_pb2.bounds].required:
-        yield _required_message_check(field, kind)
-    if not kind.full_name.startswith("google."):
+    bounds = field.GetOptions().Extensions[policy_pb2.bounds]
+    if bounds.required:
+        yield _required_check(field) if field.is_repeated else _required_message_check(field, kind)
+    if bounds.HasField("max_length") or bounds.HasField("min_length"):
+        yield _length_check(field, bounds)
+    if kind.full_name == DURATION:
+        yield from _range_checks(field)
+    elif not kind.full_name.startswith("google."):
         yield _nested_check(field)
 
 
@@ -93,8 +99,7 @@ def _scalar_checks(field: FieldDescriptor) -> Iterator[_Check]:
     bounds = field.GetOptions().Extensions[policy_pb2.bounds]
     if bounds.required:
         yield _required_check(field)
-    if bounds.HasField("min") or bounds.HasField("max"):
-        yield _range_check(field, bounds)
+    yield from _range_checks(field)
     if bounds.HasField("max_length") or bounds.HasField("min_length"):
         yield _length_check(field, bounds)
     if bounds.pattern:
@@ -176,6 +181,17 @@ def _is_set(message: Any, field: FieldDescriptor) -> bool:
     return bool(message.HasField(field.name) if field.has_presence else getattr(message, field.name))
 
 
+def _range_checks(field: FieldDescriptor) -> Iterator[_Check]:
+    bounds = field.GetOptions().Extensions[policy_pb2.bounds]
+    if bounds.HasField("min") or bounds.HasField("max"):
+        yield _range_check(field, bounds)
+
+
+def _number(value: Any) -> Any:
+    """Return what a bound is compared with: a number itself, or the seconds of a duration."""
+    return value if isinstance(value, int | float) else value.seconds + value.nanos / 1e9
+
+
 def _range_check(field: FieldDescriptor, bounds: policy_pb2.Bounds) -> _Check:
     low = bounds.min if bounds.HasField("min") else float("-inf")
     high = bounds.max if bounds.HasField("max") else float("inf")
@@ -188,7 +204,7 @@ def _range_check(field: FieldDescriptor, bounds: policy_pb2.Bounds) -> _Check:
     )  # fmt: skip
 
     def run(message: Any, path: str) -> Iterator[Violation]:
-        value = getattr(message, field.name)
+        value = _number(getattr(message, field.name))
         if _is_set(message, field) and not low <= value <= high:
             name = path + field.json_name
             yield Violation(

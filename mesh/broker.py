@@ -152,16 +152,11 @@ class Broker:
 
     async def depth(self, queue: str) -> int:
         """Return how many messages wait in a queue, those being handled not counted; 0 when there is no such queue."""
-        with _unavailable():
-            async with asyncio.timeout(CONNECT_SECONDS):
-                connection = await self._publishing.connection()
-                try:
-                    # A channel of its own: asking for a queue that is missing closes it.
-                    async with connection.channel() as channel:
-                        found = await channel.declare_queue(queue, passive=True)
-                        return found.declaration_result.message_count or 0
-                except ChannelNotFoundEntity:
-                    return 0
+        return (await self._counts(queue))[0]
+
+    async def consumers(self, queue: str) -> int:
+        """Return how many consumers a queue has; 0 when there is no such queue."""
+        return (await self._counts(queue))[1]
 
     async def broadcast(self, name: str, body: bytes) -> None:
         """Tell all present listeners of `name`; when the broker is away nobody is told and nothing is raised."""
@@ -188,6 +183,19 @@ class Broker:
                         async for message in messages:
                             yield message.body
             await asyncio.sleep(_jittered(RECONNECT_SECONDS))
+
+    async def _counts(self, queue: str) -> tuple[int, int]:
+        """Return how many messages wait in a queue, and how many consumers it has."""
+        with _unavailable():
+            async with asyncio.timeout(CONNECT_SECONDS):
+                connection = await self._publishing.connection()
+                try:
+                    # A channel of its own: asking for a queue that is missing closes it.
+                    async with connection.channel() as channel:
+                        found = (await channel.declare_queue(queue, passive=True)).declaration_result
+                        return found.message_count or 0, found.consumer_count or 0
+                except ChannelNotFoundEntity:
+                    return 0, 0
 
     async def _confirmed_channel(self) -> AbstractChannel:
         async with self._channel_opening:

@@ -47,6 +47,8 @@ class Request:
     metadata: Mapping[str, str]
     ended: list[MeshError] = field(default_factory=list)
     """Why it is ended before its time, once it is."""
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when this instance stops."""
 
 
 _present: ContextVar[Request | None] = ContextVar("atelier_request", default=None)
@@ -106,6 +108,11 @@ async def until_ended(stream: AsyncIterator[T]) -> AsyncIterator[T]:
         if request and request.ended:
             raise request.ended[0] from None
         raise
+
+
+def draining() -> asyncio.Event:
+    """Return what is set when this instance stops: whoever only waits should answer then."""
+    return _required().draining
 
 
 def seconds_left() -> float | None:

@@ -17,7 +17,22 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, BigInteger, Connection, Dialect, Table, event, func, literal_column, make_url, select, text
+from sqlalchemy import (
+    URL,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Dialect,
+    Table,
+    delete,
+    event,
+    func,
+    literal_column,
+    make_url,
+    select,
+    text,
+    tuple_,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoFreeConnection
@@ -213,6 +228,17 @@ async def insert_if_absent(connection: AsyncConnection, table: Table, values: Ma
     statement = insert(table).values(values).on_conflict_do_nothing()
     result = await connection.execute(statement, execution_options={"preserve_rowcount": True})
     return result.rowcount == 1
+
+
+async def delete_some(connection: AsyncConnection, table: Table, old: ColumnElement[bool], *, at_most: int) -> bool:
+    """Delete rows for which `old` holds, up to `at_most`; return whether more may be left.
+
+    One statement that deletes everything would hold up all who write until it is done. Several replicas may delete at
+    once: each row goes once.
+    """
+    key = tuple_(*table.primary_key.columns)
+    some = select(*table.primary_key.columns).where(old).limit(at_most)
+    return (await connection.execute(delete(table).where(key.in_(some)))).rowcount == at_most
 
 
 async def advisory_lock(connection: AsyncConnection, name: str) -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from sqlalchemy import Column, LargeBinary, MetaData, String, Table, delete, select
+from sqlalchemy import Column, LargeBinary, MetaData, String, Table, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh.database import Timestamp, insert_if_absent, now
+from mesh.database import Timestamp, delete_some, insert_if_absent, now
 from mesh.errors import FailedPrecondition
+
+FORGOTTEN_AT_ONCE = 1000  # keys in one transaction, so that nobody who writes waits long for it
 
 
 class IdempotencyKeyReused(FailedPrecondition):
@@ -80,6 +82,7 @@ async def adopt(
     return first.resource_id, False
 
 
-async def forget(connection: AsyncConnection, table: Table, older_than: timedelta = timedelta(hours=24)) -> None:
-    """Delete keys older than anybody retries."""
-    await connection.execute(delete(table).where(table.c.create_time < await now(connection) - older_than))
+async def forget(connection: AsyncConnection, table: Table, older_than: timedelta = timedelta(hours=24)) -> bool:
+    """Delete some of the keys that are older than anybody retries; return whether more may be left."""
+    old = table.c.create_time < await now(connection) - older_than
+    return await delete_some(connection, table, old, at_most=FORGOTTEN_AT_ONCE)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from sqlalchemy import Column, MetaData, String, Table, delete
+from sqlalchemy import Column, MetaData, String, Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh.database import Timestamp, insert_if_absent, now
+from mesh.database import Timestamp, delete_some, insert_if_absent, now
+
+FORGOTTEN_AT_ONCE = 1000  # rows in one transaction, so that nobody who writes waits long for it
 
 
 def table(metadata: MetaData) -> Table:
@@ -30,6 +32,7 @@ async def first_time(connection: AsyncConnection, table: Table, consumer: str, e
     )
 
 
-async def forget(connection: AsyncConnection, table: Table, older_than: timedelta) -> None:
-    """Delete what was taken longer ago than a redelivery can come."""
-    await connection.execute(delete(table).where(table.c.receive_time < await now(connection) - older_than))
+async def forget(connection: AsyncConnection, table: Table, older_than: timedelta) -> bool:
+    """Delete some of what was taken longer ago than a redelivery can come; return whether more may be left."""
+    old = table.c.receive_time < await now(connection) - older_than
+    return await delete_some(connection, table, old, at_most=FORGOTTEN_AT_ONCE)

@@ -87,6 +87,7 @@ class Admission(grpc.GenericRpcHandler):
         self._rpcs = rpcs
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         self._streams: dict[asyncio.Timeout, Request] = {}
+        self._draining = asyncio.Event()
         verifier.on_revocation = self.end_revoked_streams
         intentions.on_change = self.end_denied_streams
 
@@ -104,7 +105,11 @@ class Admission(grpc.GenericRpcHandler):
         return self._handlers.get(handler_call_details.method)
 
     def end_streams(self) -> None:
-        """End every open stream with UNAVAILABLE: some last for hours, and their clients resume elsewhere."""
+        """End every open stream with UNAVAILABLE: some last for hours, and their clients resume elsewhere.
+
+        Calls that only wait answer now what they have.
+        """
+        self._draining.set()
         for deadline, request in self._streams.items():
             _end(deadline, request, admission.Draining("This instance stops; resume at another."))
 
@@ -175,7 +180,15 @@ class Admission(grpc.GenericRpcHandler):
         with telemetry.server_span(method.full_name, metadata):
             try:
                 caller, seconds = self._leaf.caller(call), call.time_remaining()
-                request = admission.admit(method, caller, metadata, self._verifier, self._intentions, seconds=seconds)
+                request = admission.admit(
+                    method,
+                    caller,
+                    metadata,
+                    self._verifier,
+                    self._intentions,
+                    seconds=seconds,
+                    draining=self._draining,
+                )
                 message = _read(body, read)
                 _fill_request_id(message, metadata)
                 bounds.check(message)
@@ -255,6 +268,7 @@ async def serve(
     http: Mapping[str, http_listener.Endpoint] | None = None,
     background: Sequence[Background] = (),
     identity: IdentityFeed | None = None,
+    degraded: Callable[[], str] | None = None,
 ) -> None:
     """Run a service until SIGTERM or SIGINT; a second one ends it at once.
 
@@ -266,6 +280,8 @@ async def serve(
         http: endpoints for rpcs whose policy says `bytes`, by full name.
         background: work that never returns; a crash is logged and it is begun again.
         identity: the identity feed; auth's by default.
+        degraded: returns what works less well though the service is SERVING, empty when all is well; it stands in the
+            registration, for people.
     """
     telemetry.configure(config.service, config.instance)
     stopping = stop_signal(config)
@@ -273,6 +289,12 @@ async def serve(
     settings = Live(config)
     works, checks, registrations = [settings.follow, *background], list(dependencies), []
     ports = Ports(config)
+
+    async def tell() -> None:
+        settings.meta["degraded"] = degraded() if degraded else ""
+
+    if degraded:
+        works.append(every(HEALTH_PERIOD_SECONDS, tell))
 
     async with AsyncExitStack() as stack:
         hold = stack.enter_async_context

@@ -46,8 +46,8 @@ class JsonFormatter(logging.Formatter):
         }
         if (request := context.present()) is not None:
             line["request_id"] = request.request_id
-        if (span := trace.get_current_span().get_span_context()).is_valid:
-            line["trace_id"] = f"{span.trace_id:032x}"
+        if present := trace_id():
+            line["trace_id"] = present
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
@@ -57,6 +57,12 @@ def inject(carrier: dict[str, str]) -> None:
     """Put the present trace, if there is one, into what goes along with a call."""
     if trace.get_current_span().get_span_context().is_valid:
         propagate.inject(carrier)
+
+
+def trace_id() -> str:
+    """Return the present trace's id in hexadecimal; empty when there is none."""
+    span = trace.get_current_span().get_span_context()
+    return f"{span.trace_id:032x}" if span.is_valid else ""
 
 
 def configure(service: str, instance: str) -> None:

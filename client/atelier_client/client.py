@@ -6,7 +6,7 @@ import asyncio
 import io
 import mimetypes
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,7 +24,7 @@ from atelier.storage.v1 import storage_pb2
 from atelier.storage.v1.storage_pb2 import File
 from atelier.storage.v1.storage_pb2_grpc import StorageServiceStub
 from atelier.task.v1 import task_pb2
-from atelier.task.v1.task_pb2 import Task
+from atelier.task.v1.task_pb2 import Task, TaskBatch
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub
 from atelier.user.v1 import user_pb2
 from atelier.user.v1.user_pb2 import Quota, User
@@ -51,6 +51,7 @@ CALL_SECONDS = 30.0  # of one call; the server's own deadlines, in the contract,
 WATCH_SECONDS = 3600.0  # the contract's longest watch; then it is resumed
 REFRESH_EARLY = timedelta(seconds=30)  # a token must outlive the call that it is sent with
 CANCEL_SECONDS = 10.0  # how long someone who gives up waits for the server to hear of it
+BATCH_SECONDS = 1.0  # between two looks at a batch
 WATCH_PATIENCE_SECONDS = 60.0  # how long a watch bears a server that is away
 RUN_PATIENCE_SECONDS = 30.0  # how long each other step of a run does; a killed service is back in a few
 ENDED = frozenset({Task.STATE_SUCCEEDED, Task.STATE_FAILED, Task.STATE_CANCELLED})
@@ -245,19 +246,35 @@ class Atelier:
 
     # Tasks
 
-    async def create_task(self, input_file_id: str, operation: Operation, *, request_id: str | None = None) -> Task:
-        """Queue an operation; with the same `request_id` again, the same task is answered."""
+    async def create_task(
+        self,
+        input_file_id: str,
+        operation: Operation,
+        *,
+        request_id: str | None = None,
+        deadline: timedelta | None = None,
+    ) -> Task:
+        """Queue an operation; with the same `request_id` again, the same task is answered.
+
+        With a deadline, it fails unless it has ended so long after its creation.
+        """
         request = task_pb2.CreateTaskRequest(
-            input_file_id=input_file_id, operation=operation, request_id=request_id or secrets.token_hex(16)
+            input_file_id=input_file_id,
+            operation=operation,
+            request_id=request_id or secrets.token_hex(16),
         )
+        if deadline is not None:
+            request.deadline_duration.FromTimedelta(deadline)
         return await self._signed_in(self._tasks.CreateTask, request)
 
     async def task(self, task_id: str) -> Task:
         return await self._signed_in(self._tasks.GetTask, task_pb2.GetTaskRequest(task_id=task_id))
 
-    async def tasks(self, state: Task.State.ValueType = Task.STATE_UNSPECIFIED) -> AsyncIterator[Task]:
-        """Yield one's tasks, newest first; unspecified means in any state."""
-        request = task_pb2.ListTasksRequest(state=state)
+    async def tasks(
+        self, state: Task.State.ValueType = Task.STATE_UNSPECIFIED, *, batch_id: str = ""
+    ) -> AsyncIterator[Task]:
+        """Yield one's tasks, newest first; unspecified means in any state, no batch means of any."""
+        request = task_pb2.ListTasksRequest(state=state, batch_id=batch_id)
         while True:
             page = await self._signed_in(self._tasks.ListTasks, request)
             for task in page.tasks:
@@ -271,6 +288,39 @@ class Atelier:
 
     async def retry_task(self, task_id: str) -> Task:
         return await self._signed_in(self._tasks.RetryTask, task_pb2.RetryTaskRequest(task_id=task_id))
+
+    async def create_task_batch(
+        self,
+        items: Iterable[tuple[str, Operation]],
+        *,
+        request_id: str | None = None,
+        deadline: timedelta | None = None,
+    ) -> TaskBatch:
+        """Queue up to 1,000 operations, each on a file by its id, all or none; else as `create_task`."""
+        request = task_pb2.CreateTaskBatchRequest(request_id=request_id or secrets.token_hex(16))
+        for input_file_id, operation in items:
+            request.items.add(input_file_id=input_file_id, operation=operation)
+        if deadline is not None:
+            request.deadline_duration.FromTimedelta(deadline)
+        return await self._signed_in(self._tasks.CreateTaskBatch, request)
+
+    async def task_batch(self, batch_id: str) -> TaskBatch:
+        return await self._signed_in(self._tasks.GetTaskBatch, task_pb2.GetTaskBatchRequest(batch_id=batch_id))
+
+    async def cancel_task_batch(self, batch_id: str) -> TaskBatch:
+        return await self._signed_in(self._tasks.CancelTaskBatch, task_pb2.CancelTaskBatchRequest(batch_id=batch_id))
+
+    async def watch_batch(self, batch_id: str) -> AsyncIterator[TaskBatch]:
+        """Yield the batch now and whenever it has changed, until all its tasks have ended. Asks once a second."""
+        seen = None
+        while True:
+            batch = await _patiently(lambda: self.task_batch(batch_id))
+            if batch != seen:
+                yield batch
+                seen = batch
+            if not batch.state_counts.queued and not batch.state_counts.running:
+                return
+            await asyncio.sleep(BATCH_SECONDS)
 
     async def task_events(self, task_id: str) -> list[task_pb2.TaskEvent]:
         request = task_pb2.ListTaskEventsRequest(task_id=task_id)
@@ -313,6 +363,7 @@ class Atelier:
         operation: Operation,
         *,
         name: str | None = None,
+        deadline: timedelta | None = None,
         on_progress: Callable[[Progress], None] = lambda _progress: None,
     ) -> Result:
         """Send a file, run an operation on it, and wait for its end. Cancelled, it cancels the task.
@@ -321,6 +372,7 @@ class Atelier:
             source: a path, bytes (with their `name`), or a file that the server has.
             operation: what to do.
             name: see `upload`.
+            deadline: see `create_task`.
             on_progress: called at every step.
 
         Raises:
@@ -329,7 +381,7 @@ class Atelier:
         file = source if isinstance(source, File) else await self._sent(source, name, on_progress)
         request_id = secrets.token_hex(16)
         creating = asyncio.ensure_future(
-            _patiently(lambda: self.create_task(file.file_id, operation, request_id=request_id))
+            _patiently(lambda: self.create_task(file.file_id, operation, request_id=request_id, deadline=deadline))
         )
         try:
             # Shielded: a task whose creation is broken off here may still be created there.
@@ -345,6 +397,39 @@ class Atelier:
         if task.state != Task.STATE_SUCCEEDED:
             raise TaskNotDone(task)
         return Result(task, await _patiently(lambda: self.file(task.output_file_ids[0])))
+
+    async def run_batch(
+        self,
+        items: Sequence[tuple[File, Operation]],
+        *,
+        deadline: timedelta | None = None,
+        on_progress: Callable[[TaskBatch], None] = lambda _batch: None,
+    ) -> list[Task]:
+        """Run operations on files that the server has, and wait until all have ended. Cancelled, it cancels them.
+
+        Args:
+            items: each file with what to do; up to 1,000.
+            deadline: of each; see `create_task`.
+            on_progress: called whenever they are further.
+
+        Returns:
+            The tasks, in the order of `items`, however each ended.
+        """
+        asked, request_id = [(file.file_id, operation) for file, operation in items], secrets.token_hex(16)
+        creating = asyncio.ensure_future(
+            _patiently(lambda: self.create_task_batch(asked, request_id=request_id, deadline=deadline))
+        )
+        try:
+            batch_id = (await asyncio.shield(creating)).batch_id  # see `run`
+            async for batch in self.watch_batch(batch_id):
+                on_progress(batch)
+        except asyncio.CancelledError:
+            with suppress(AtelierError, TimeoutError):
+                async with asyncio.timeout(CANCEL_SECONDS):
+                    on_progress(await self.cancel_task_batch((await creating).batch_id))
+            raise
+        newest_first = [task async for task in self.tasks(batch_id=batch_id)]
+        return newest_first[::-1]
 
     async def _sent(
         self, source: Path | str | bytes, name: str | None, on_progress: Callable[[Progress], None]
@@ -382,6 +467,29 @@ class Atelier:
     async def rotate_keys(self) -> auth_pb2.RotateKeysResponse:
         """Make a new key for signing tokens."""
         return await self._signed_in(self._auth.RotateKeys, auth_pb2.RotateKeysRequest())
+
+    async def dead_letters(self, *, reason: str = "") -> AsyncIterator[task_pb2.DeadLetter]:
+        """Yield tasks that used up their attempts, oldest first; no reason means with any."""
+        request = task_pb2.ListDeadLettersRequest(reason=reason)
+        while True:
+            page = await self._signed_in(self._tasks.ListDeadLetters, request)
+            for letter in page.dead_letters:
+                yield letter
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def redrive_tasks(
+        self, task_ids: Iterable[str] = (), *, reason: str = ""
+    ) -> AsyncIterator[task_pb2.RedriveTasksResponse]:
+        """Queue dead letters again, up to a hundred by their ids or all with a reason; yield what became of them."""
+        request = task_pb2.RedriveTasksRequest(task_ids=task_ids, reason=reason)
+        while True:
+            answer = await self._signed_in(self._tasks.RedriveTasks, request)
+            yield answer
+            if not answer.next_page_token:
+                return
+            request.page_token = answer.next_page_token
 
     async def topology(self, service: str = "") -> topology_pb2.GetTopologyResponse:
         """Return what the mesh looks like now; of one service, in more detail."""

@@ -5,6 +5,7 @@
     ├── Unreachable             no answer came
     ├── CredentialsUnreadable   the file of sessions is damaged or another's
     ├── TaskNotDone             the task failed or was cancelled; `.task` is it
+    ├── TasksNotDone            some of several tasks did
     └── Refused                 the server said no; one class per gRPC code:
         ├── InvalidArgument  NotFound  AlreadyExists  PermissionDenied  Unauthenticated  FailedPrecondition  Aborted
         └── OutOfRange  ResourceExhausted  Cancelled  DeadlineExceeded  Unimplemented  Unavailable  Internal
@@ -98,6 +99,14 @@ class TaskNotDone(AtelierError):
             metadata={"taskId": task.task_id},
         )
         self.task = task
+
+
+class TasksNotDone(AtelierError):
+    code = "ABORTED"
+
+    def __init__(self, failed: int, count: int) -> None:
+        metadata = {"failed": str(failed), "count": str(count)}
+        super().__init__(f"{failed} of {count} tasks were not done.", reason="TASKS_NOT_DONE", metadata=metadata)
 
 
 class Refused(AtelierError):

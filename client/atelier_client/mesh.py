@@ -129,6 +129,9 @@ def _held(client: Client) -> Iterator[tuple[str, str, str, str]]:
 
 def _remarks(found: GetTopologyResponse) -> list[RenderableType]:
     remarks = []
+    for _, instance in _instances(found.services):
+        if instance.degradation:
+            remarks.append(f"Degraded: {instance.instance_id}. {instance.degradation}")
     for service in found.services:
         if service.fault:
             remarks.append(f"A fault is injected into {service.name}: {service.fault}")

@@ -6,7 +6,9 @@ import asyncio
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,14 +16,14 @@ from typing import Any, Self
 import click
 from atelier.media.v1.media_pb2 import Operation
 from atelier.storage.v1.storage_pb2 import File
-from atelier.task.v1.task_pb2 import Task
+from atelier.task.v1.task_pb2 import DeadLetter, RedriveTasksResponse, Task, TaskBatch
 from google.protobuf.descriptor import FieldDescriptor
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from atelier_client import client, operations
 from atelier_client.client import Atelier
 from atelier_client.comments import installed as comments
-from atelier_client.errors import TaskNotDone
+from atelier_client.errors import TaskNotDone, TasksNotDone
 from atelier_client.shell import (
     Command,
     Group,
@@ -36,6 +38,8 @@ from atelier_client.shell import (
 
 STATES = {name.removeprefix("STATE_").lower(): number for name, number in Task.State.items() if number}
 DEFAULT_LIMIT = 50
+BATCH = "bat_"  # how the ids of batches begin
+MOST_AT_ONCE = 1000  # files of one batch
 STANDARD = "-"  # standard output, as a file's name
 
 _limit = click.option("--limit", type=click.IntRange(1), default=DEFAULT_LIMIT, show_default=True, help="Most to list.")
@@ -74,6 +78,11 @@ class Steps:
         self._bar.update(self._row, description=step, total=None if fraction is None else 1.0, completed=fraction or 0)
         self._bar.start()  # changes nothing from the second time on
 
+    def show_batch(self, batch: TaskBatch) -> None:
+        counts = batch.state_counts
+        ended = counts.succeeded + counts.failed + counts.cancelled
+        self.show(f"{ended} of {batch.task_count} done", batch.fraction)
+
     def show_task(self, task: Task) -> None:
         if task.state == Task.STATE_QUEUED:
             self.show("queued", None)
@@ -87,25 +96,39 @@ def _runner(kind: FieldDescriptor) -> click.Command:
 
     @connected
     async def run_kind(
-        shell: Shell, atelier: Atelier, /, source: str, output: str | None, detach: bool, **values: Any
+        shell: Shell,
+        atelier: Atelier,
+        /,
+        *,
+        sources: tuple[str, ...],
+        output: str | None,
+        detach: bool,
+        deadline: float | None,
+        **values: Any,
     ) -> None:
-        _require_output(output, detach)
-        values = _with_format(known, values, output)
+        limit = None if deadline is None else timedelta(seconds=deadline)
+        if len(sources) > 1:
+            _require_folder(sources, output, detach)
+        else:
+            _require_output(output, detach)
+            values = _with_format(known, values, output)
         marks = {parameter.name: values[parameter.name] for parameter in known if parameter.bounds.file}
         marks = {name: mark for name, mark in marks.items() if mark}
-        for path in (source, *marks.values()):
+        for path in (*sources, *marks.values()):
             _require_source(path)
         operations.build(kind, values)  # before anything is sent: it refuses what is incomplete
         with Steps(shell) as steps:
             sent = {name: (await _on_server(atelier, mark, steps)).file_id for name, mark in marks.items()}
             operation = operations.build(kind, {**values, **sent})
-            file = await _on_server(atelier, source, steps)
-            if output is None or detach:
-                task = await atelier.create_task(file.file_id, operation)
-                answer: dict[str, Any] = {"task": document(task)}
+            files = [await _on_server(atelier, source, steps) for source in sources]
+            if len(files) > 1:
+                answer, text = await _many(atelier, steps, files, operation, None if detach else output, deadline=limit)
+            elif output is None or detach:
+                task = await atelier.create_task(files[0].file_id, operation, deadline=limit)
+                answer = {"task": document(task)}
                 text = f"{task.task_id}\nFollow it with: atelier tasks watch {task.task_id}"
             else:
-                result, size_bytes = await _finished(atelier, steps, file, operation, output)
+                result, size_bytes = await _finished(atelier, steps, files[0], operation, output, deadline=limit)
                 answer = {"task": document(result.task), "output": output, "file": document(result.file)}
                 text = f"{'standard output' if output == STANDARD else output}: {size(size_bytes)}"
         # After the bar has gone, which would take the line with it.
@@ -113,27 +136,84 @@ def _runner(kind: FieldDescriptor) -> click.Command:
             shell.say(text)
         else:
             shell.answer(answer, text)
+        if failed := answer.get("failed"):
+            raise TasksNotDone(len(failed), len(files))
 
     return Command(
         operations.command_name(kind),
         params=[
-            click.Argument(["source"], metavar="FILE"),
+            click.Argument(["sources"], metavar="FILE...", nargs=-1, required=True),
             *(parameter.option() for parameter in known),
             click.Option(
                 ["-o", "--output"],
                 metavar="PATH",
-                help="Where the result goes; - is standard output. Its extension gives the format, or --format does.",
+                help="Where the result goes; - is standard output. Its extension gives the format, or --format does. "
+                "Of several files, the folder where the results go, by the files' names.",
+            ),
+            click.Option(
+                ["--deadline"],
+                metavar="SECONDS",
+                type=click.FloatRange(1, 2_592_000),
+                help="Fail the task unless it has ended so long after its creation.",
             ),
             click.Option(["--detach"], is_flag=True, help="Do not wait: print the task's id, and what to type next."),
         ],
         callback=run_kind,
-        help=f"{comments().get(kind.full_name, '')}\n\nFILE is a path, or the id (fil_…) of a file on the server.",
+        help=f"{comments().get(kind.full_name, '')}\n\nFILE is a path, or the id (fil_…) of a file on the server. "
+        "Several files are one batch: all are queued, or none.",
     )
+
+
+async def _many(
+    atelier: Atelier,
+    steps: Steps,
+    files: Sequence[File],
+    operation: Operation,
+    folder: str | None,
+    *,
+    deadline: timedelta | None,
+) -> tuple[dict[str, Any], str]:
+    """Run an operation on several files, fetch what was made into `folder`; None does not wait for it."""
+    items = [(file, operation) for file in files]
+    if folder is None:
+        batch = await atelier.create_task_batch([(file.file_id, operation) for file in files], deadline=deadline)
+        text = f"{batch.batch_id}\nFollow it with: atelier tasks watch {batch.batch_id}"
+        return {"batch": document(batch)}, text
+    _require_names([file.name for file in files])
+    batch = TaskBatch()
+
+    def on_progress(newer: TaskBatch) -> None:
+        nonlocal batch
+        batch = newer
+        steps.show_batch(batch)
+
+    done, failed, lines = [], [], []
+    try:
+        for file, task in zip(
+            files, await atelier.run_batch(items, deadline=deadline, on_progress=on_progress), strict=True
+        ):
+            if task.state != Task.STATE_SUCCEEDED:
+                failed.append(document(task))
+                lines.append(f"{file.name}: {TaskNotDone(task).message}")
+                continue
+            result = await atelier.file(task.output_file_ids[0])
+            path = Path(folder) / f"{Path(file.name).stem}{Path(result.name).suffix}"
+            written = await _fetched(atelier, result, str(path), steps)
+            done.append({"task": document(task), "output": str(path), "file": document(result)})
+            lines.append(f"{path}: {size(written)}")
+    except asyncio.CancelledError as interruption:
+        text = (
+            f"Interrupted; what was left of the batch {batch.batch_id} is cancelled."
+            if batch.batch_id
+            else "Interrupted."
+        )
+        raise Interrupted(text, batchId=batch.batch_id) from interruption
+    return {"batch": document(batch), "done": done, "failed": failed}, "\n".join(lines)
 
 
 @click.group(cls=Group)
 def run() -> None:
-    """Run an operation on an image, and fetch the result."""
+    """Run an operation on one image or several, and fetch the results."""
 
 
 for _kind in operations.KINDS:
@@ -149,7 +229,7 @@ def _with_format(known: list[operations.Parameter], values: Mapping[str, Any], o
 
 
 async def _finished(
-    atelier: Atelier, steps: Steps, file: File, operation: Operation, output: str
+    atelier: Atelier, steps: Steps, file: File, operation: Operation, output: str, *, deadline: timedelta | None
 ) -> tuple[client.Result, int]:
     """Return what was made, and how many bytes it has, once they are at `output`."""
     task = Task()
@@ -160,7 +240,7 @@ async def _finished(
         steps.show_task(task)
 
     try:
-        result = await atelier.run(file, operation, on_progress=on_progress)
+        result = await atelier.run(file, operation, deadline=deadline, on_progress=on_progress)
         return result, await _fetched(atelier, result.file, output, steps)
     except asyncio.CancelledError as interruption:
         raise _interrupted(task) from interruption
@@ -194,6 +274,25 @@ def _require_output(output: str | None, detach: bool) -> None:
         raise click.UsageError(f"There is no folder {Path(output).absolute().parent}.")
     elif Path(output).is_dir():
         raise click.UsageError(f"{output} is a folder; name a file in it.")
+
+
+def _require_folder(sources: Sequence[str], output: str | None, detach: bool) -> None:
+    """Refuse what would fail only after all the work, of several files."""
+    if len(sources) > MOST_AT_ONCE:
+        raise click.UsageError(f"{len(sources):,} files are more than a batch may have, {MOST_AT_ONCE:,}.")
+    if output is None and not detach:
+        raise click.UsageError("Say where the results go: -o FOLDER (or --detach).")
+    if output is not None and not Path(output).is_dir():
+        raise click.UsageError(f"{output} is not a folder; the results of several files go to one.")
+    if output is not None:
+        _require_names(sources)
+
+
+def _require_names(names: Sequence[str]) -> None:
+    """Refuse two files whose results would have one name."""
+    stems = Counter(Path(name).stem for name in names)
+    if same := [stem for stem, count in stems.items() if count > 1]:
+        raise click.UsageError(f"The results of two files would have one name: {same[0]}.")
 
 
 def _is_id(source: str) -> bool:
@@ -232,19 +331,20 @@ async def _fetched(atelier: Atelier, file: File, output: str, steps: Steps) -> i
 
 @click.group(cls=Group, invoke_without_command=True)
 @click.option("--state", type=click.Choice(list(STATES)), help="Only tasks in this state.")
+@click.option("--batch", metavar="BATCH_ID", default="", help="Only tasks of this batch.")
 @_limit
 @click.pass_context
-def tasks(context: click.Context, state: str | None, limit: int) -> None:
+def tasks(context: click.Context, state: str | None, batch: str, limit: int) -> None:
     """List your tasks, newest first; or look at one."""
     if context.invoked_subcommand is None:
-        context.invoke(_list_tasks, state=state, limit=limit)
+        context.invoke(_list_tasks, state=state, batch=batch, limit=limit)
 
 
 @click.command()
 @connected
-async def _list_tasks(shell: Shell, atelier: Atelier, state: str | None, limit: int) -> None:
+async def _list_tasks(shell: Shell, atelier: Atelier, state: str | None, batch: str, limit: int) -> None:
     found: list[Task] = []
-    async for task in atelier.tasks(STATES[state] if state else Task.STATE_UNSPECIFIED):
+    async for task in atelier.tasks(STATES[state] if state else Task.STATE_UNSPECIFIED, batch_id=batch):
         found.append(task)
         if len(found) == limit:
             break
@@ -275,7 +375,13 @@ async def show(shell: Shell, atelier: Atelier, task_id: str) -> None:
 @click.argument("task_id")
 @connected
 async def watch(shell: Shell, atelier: Atelier, task_id: str) -> None:
-    """Follow a task to its end. Ctrl-C stops watching, not the task."""
+    """Follow a task, or a batch (bat_…), to its end. Ctrl-C stops watching, not the task."""
+    if task_id.startswith(BATCH):
+        with Steps(shell) as steps:
+            async for batch in atelier.watch_batch(task_id):
+                steps.show_batch(batch)
+        shell.answer({"batch": document(batch)}, _batch_description(batch))
+        return
     task = Task()
     with Steps(shell) as steps:
         async for task in atelier.watch(task_id):
@@ -289,7 +395,11 @@ async def watch(shell: Shell, atelier: Atelier, task_id: str) -> None:
 @click.argument("task_id")
 @connected
 async def cancel(shell: Shell, atelier: Atelier, task_id: str) -> None:
-    """Cancel a task."""
+    """Cancel a task, or what has not ended of a batch (bat_…)."""
+    if task_id.startswith(BATCH):
+        batch = await atelier.cancel_task_batch(task_id)
+        shell.answer({"batch": document(batch)}, _batch_description(batch))
+        return
     task = await atelier.cancel_task(task_id)
     shell.answer({"task": document(task)}, f"{task.task_id} is {_state(task)}.")
 
@@ -302,6 +412,46 @@ async def retry(shell: Shell, atelier: Atelier, task_id: str) -> None:
     task = await atelier.retry_task(task_id)
     text = f"{task.task_id} is {_state(task)}.\nFollow it with: atelier tasks watch {task.task_id}"
     shell.answer({"task": document(task)}, text)
+
+
+@tasks.command()
+@click.option("--reason", default="", help="Only those with this reason, e.g. WORKER_LOST.")
+@_limit
+@connected
+async def dead_letters(shell: Shell, atelier: Atelier, reason: str, limit: int) -> None:
+    """List everybody's tasks that used up their attempts, oldest first. For administrators."""
+    found: list[DeadLetter] = []
+    async for letter in atelier.dead_letters(reason=reason):
+        found.append(letter)
+        if len(found) == limit:
+            break
+    rows = table("TASK", "USER", "REASON", "ATTEMPTS", "FAILED", "REQUEST", "TRACE")
+    for letter in found:
+        rows.add_row(
+            letter.task_id, letter.user_id, letter.error.reason, str(letter.attempts), local_time(letter.dead_time),
+            letter.request_id, letter.trace_id,
+        )  # fmt: skip
+    shell.answer({"deadLetters": [document(letter) for letter in found]}, rows if found else "No dead letters.")
+
+
+@tasks.command()
+@click.argument("task_ids", metavar="[TASK_ID]...", nargs=-1)
+@click.option("--reason", default="", help="All with this reason, instead of those named.")
+@connected
+async def redrive(shell: Shell, atelier: Atelier, task_ids: tuple[str, ...], reason: str) -> None:
+    """Queue tasks again that used up their attempts, for their owners. For administrators."""
+    if bool(task_ids) == bool(reason):
+        raise click.UsageError("Give either tasks or --reason.")
+    redriven: list[str] = []
+    refused: list[RedriveTasksResponse.Refusal] = []
+    async for answer in atelier.redrive_tasks(task_ids, reason=reason):
+        redriven += answer.task_ids
+        refused += answer.refusals
+    lines = [f"{len(redriven)} queued again."]
+    lines += [f"{each.task_id}: {each.message} ({each.reason})" for each in refused]
+    shell.answer({"taskIds": redriven, "refusals": [document(each) for each in refused]}, "\n".join(lines))
+    if refused:
+        raise TasksNotDone(len(refused), len(redriven) + len(refused))
 
 
 @click.group(cls=Group, invoke_without_command=True)
@@ -367,6 +517,11 @@ async def delete(shell: Shell, atelier: Atelier, file_ids: tuple[str, ...]) -> N
 
 def _state(task: Task) -> str:
     return Task.State.Name(task.state).removeprefix("STATE_").lower()
+
+
+def _batch_description(batch: TaskBatch) -> str:
+    counts = ", ".join(f"{count} {field.name}" for field, count in batch.state_counts.ListFields())
+    return f"{batch.batch_id}: {counts}\nLook at its tasks with: atelier tasks --batch {batch.batch_id}"
 
 
 def _operation(task: Task) -> str:

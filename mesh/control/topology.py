@@ -126,6 +126,7 @@ def instance_to_proto(seen: Seen) -> pb.Instance:
         admin_address=seen.meta.get("admin", ""),
         settings=seen.meta.get("settings", ""),
         settings_refusal=seen.meta.get("settings_refused", ""),
+        degradation=seen.meta.get("degraded", ""),
     )
 
 

@@ -146,10 +146,12 @@ class SqlFiles:
             yield await _one(connection, file.c.sha256 == sha256) is None
 
     async def forget(self, fence: int) -> None:
-        async with self._database.transaction() as connection:
-            await lock.require(connection, lock_table, SWEEP, fence)
-            await idempotency.forget(connection, idempotency_table)
-            await inbox.forget(connection, inbox_table, EVENTS_KEPT)
+        more = True
+        while more:
+            async with self._database.transaction() as connection:
+                await lock.require(connection, lock_table, SWEEP, fence)
+                keys = await idempotency.forget(connection, idempotency_table)
+                more = await inbox.forget(connection, inbox_table, EVENTS_KEPT) or keys
 
     async def _older(self, age_seconds: float, which: ColumnElement[bool]) -> Sequence[File]:
         async with self._database.reading() as connection:

@@ -25,14 +25,18 @@ async def main(config: Config) -> None:
         relay, watches = outbox.Relay(sql, tables.outbox_table, bus), watch.Watches(tasks, clock)
         tasks.after_commit(watches.changed, lambda _: relay.wake())
         peers, key = (StorageServiceStub(storage), UserServiceStub(user)), config.secret("capability.key")
-        servicer = handlers.TaskService(tasks, watches, *peers, capability_key=key, terms=config.terms, clock=clock)
-        work = upkeep.Upkeep(tasks, bus, config.terms).work(lock.Locks(config, sql, tables.lock_table))
+        keeper = upkeep.Upkeep(tasks, bus, config.terms)
+        work = keeper.work(lock.Locks(config, sql, tables.lock_table))
+        servicer = handlers.TaskService(
+            tasks, watches, *peers, capability_key=key, terms=config.terms, is_unserved=keeper.is_unserved, clock=clock
+        )
         await service.serve(
             config,
             leaf,
             partial(add_TaskServiceServicer_to_server, servicer),
             dependencies=[sql.check],  # not the broker: without it tasks are taken, and go out later
             background=[relay.run, *watches.work(bus), *work],
+            degraded=keeper.degraded,
         )
 
 

@@ -16,7 +16,7 @@ class Config(ServiceConfig):
     """What the task service must know."""
 
     service: ClassVar[str] = "task"
-    live: ClassVar[frozenset[str]] = ServiceConfig.live | {"attempts", "backoff_seconds"}
+    live: ClassVar[frozenset[str]] = ServiceConfig.live | {"attempts", "backoff_seconds", "kept_days"}
     model_config = SettingsConfigDict(env_prefix="TASK_")
 
     database_url: str = Field(repr=False)
@@ -24,6 +24,8 @@ class Config(ServiceConfig):
     attempts: int = Field(default=3, ge=1, le=20)
     backoff_seconds: float = Field(default=1.0, ge=0, le=3600)
     result_max_bytes: int = 512 * 1024 * 1024
+    # Longer than an idempotency key lives: a repeated call must find its task.
+    kept_days: float = Field(default=30.0, ge=2, le=3650)
 
     def terms(self) -> Terms:
         """Return what a worker is promised and how often a task is tried, as it is now."""
@@ -31,5 +33,6 @@ class Config(ServiceConfig):
             lease=timedelta(seconds=self.lease_seconds),
             attempts=self.attempts,
             backoff=timedelta(seconds=self.backoff_seconds),
+            kept=timedelta(days=self.kept_days),
             result_max_bytes=self.result_max_bytes,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 from atelier.media.v1 import media_pb2
@@ -14,13 +16,16 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message as Proto
 
 from mesh import events, paging
-from mesh.errors import InvalidArgument
+from mesh.errors import InvalidArgument, MeshError
 from mesh.outbox import Message
 from mesh.wire import timestamp
 from services.task.domain import (
+    Batch,
+    DeadQuery,
     Event,
     Failure,
     Notice,
+    Page,
     Permit,
     Progress,
     Query,
@@ -56,6 +61,20 @@ def task_to_proto(task: Task) -> pb.Task:
         start_time=timestamp(task.start_time),
         end_time=timestamp(task.end_time),
         update_time=timestamp(task.update_time),
+        deadline_time=timestamp(task.deadline_time),
+        batch_id=task.batch_id or "",
+    )
+
+
+def batch_to_proto(batch: Batch) -> pb.TaskBatch:
+    counts = {state.lower(): count for state, count in batch.states.items()}
+    return pb.TaskBatch(
+        batch_id=batch.batch_id,
+        user_id=batch.user_id,
+        task_count=batch.size,
+        fraction=batch.fraction,
+        state_counts=pb.TaskBatch.StateCounts(**counts),
+        create_time=timestamp(batch.create_time),
     )
 
 
@@ -63,6 +82,23 @@ def task_to_json(task: Task) -> str:
     """Return one line, as the edge's transcoder prints a task."""
     printed = MessageToDict(task_to_proto(task), always_print_fields_with_no_presence=True)
     return json.dumps(printed, ensure_ascii=False, separators=(",", ":"))
+
+
+def dead_letter_to_proto(task: Task) -> pb.DeadLetter:
+    return pb.DeadLetter(
+        task_id=task.task_id,
+        user_id=task.user_id,
+        error=_error(task.failure),
+        attempts=task.failures,
+        request_id=task.request_id,
+        trace_id=task.trace_id,
+        create_time=timestamp(task.create_time),
+        dead_time=timestamp(task.dead_time),
+    )
+
+
+def refusal_to_proto(task_id: str, error: MeshError) -> pb.RedriveTasksResponse.Refusal:
+    return pb.RedriveTasksResponse.Refusal(task_id=task_id, reason=error.reason, message=error.message)
 
 
 def event_to_proto(event: Event) -> pb.TaskEvent:
@@ -92,6 +128,10 @@ def progress_from(request: pb.RenewLeaseRequest) -> Progress | None:
     return Progress(request.progress.fraction, request.progress.stage)
 
 
+def deadline_from(request: pb.CreateTaskRequest | pb.CreateTaskBatchRequest) -> timedelta | None:
+    return request.deadline_duration.ToTimedelta() if request.HasField("deadline_duration") else None
+
+
 def failure_from(error: pb.Task.Error) -> Failure:
     return Failure(error.code, error.message, error.reason)
 
@@ -102,16 +142,56 @@ def query_from(request: pb.ListTasksRequest, user_id: str) -> Query:
     Raises:
         PageTokenMalformed: the token is not one of this list.
     """
-    after = None
-    if request.page_token:
-        microseconds, task_id = paging.decode(request.page_token, (int, str))
-        after = (_EPOCH + int(microseconds) * _MICROSECOND, str(task_id))
-    return Query(user_id, state_from(request.state), after, request.page_size or paging.DEFAULT_PAGE_SIZE)
+    return Query(
+        user_id,
+        state_from(request.state),
+        request.batch_id or None,
+        _place(request.page_token),
+        request.page_size or paging.DEFAULT_PAGE_SIZE,
+    )
 
 
-def page_token(last: Task) -> str:
-    """Return the token of the page after `last`."""
-    return paging.encode([(last.create_time - _EPOCH) // _MICROSECOND, last.task_id])
+def dead_query_from(request: pb.ListDeadLettersRequest) -> DeadQuery:
+    """Return the page that is asked for.
+
+    Raises:
+        PageTokenMalformed: the token is not one of this list.
+    """
+    return DeadQuery(request.reason or None, _place(request.page_token), request.page_size or paging.DEFAULT_PAGE_SIZE)
+
+
+def redrive_query_from(request: pb.RedriveTasksRequest, size: int) -> DeadQuery:
+    """Return which dead letters of a reason are next.
+
+    Raises:
+        PageTokenMalformed: the token is not one of such a call.
+    """
+    return DeadQuery(request.reason, _place(request.page_token), size)
+
+
+def page_token(page: Page) -> str:
+    """Return the token of the page of tasks after `page`; empty when there is none."""
+    return _token(page, lambda task: task.create_time)
+
+
+def dead_page_token(page: Page) -> str:
+    """Return the token of the page of dead letters after `page`; empty when there is none."""
+    return _token(page, lambda task: task.dead_time or _EPOCH)
+
+
+def _token(page: Page, time: Callable[[Task], datetime]) -> str:
+    if not page.more:
+        return ""
+    last = page.tasks[-1]
+    return paging.encode([(time(last) - _EPOCH) // _MICROSECOND, last.task_id])
+
+
+def _place(token: str) -> tuple[datetime, str] | None:
+    """Return the time and the task that a token names; None for an empty one."""
+    if not token:
+        return None
+    microseconds, task_id = paging.decode(token, (int, str))
+    return _EPOCH + int(microseconds) * _MICROSECOND, str(task_id)
 
 
 def cursor_from(text: str) -> int | None:
@@ -133,10 +213,9 @@ def cursor(task: Task) -> str:
     return str(task.sequence)
 
 
-def fingerprint(request: pb.CreateTaskRequest) -> bytes:
+def fingerprint(request: pb.CreateTaskRequest | pb.CreateTaskBatchRequest) -> bytes:
     """Return a digest of what is asked for, without the key."""
-    asked = pb.CreateTaskRequest()
-    asked.CopyFrom(request)
+    asked = copy.copy(request)
     asked.ClearField("request_id")
     return hashlib.sha256(asked.SerializeToString(deterministic=True)).digest()
 

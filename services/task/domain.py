@@ -12,12 +12,12 @@ A step is a pure function of a task and the time; it answers a `Change`, or the 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Protocol
 
-from mesh.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from mesh.errors import Aborted, FailedPrecondition, InvalidArgument, MeshError, NotFound, Unavailable
 
 SUPPORTED_INPUTS = (
     "image/avif",
@@ -30,11 +30,18 @@ SUPPORTED_INPUTS = (
 FORGET = "forget"  # the work that one replica does for all: the name of its lock and of its fence
 POOL = "cpu"  # every operation of today runs there
 RESERVATION_AGE = timedelta(seconds=60)  # the user service gives back what is older than two minutes and has no task
-CODE_UNAVAILABLE = 14  # google.rpc.Code: what a task that lost its workers failed with
+# A turn of weight 1 is as long as the largest weight, so that everybody's is a whole number; decision 0019.
+WEIGHTS = {"ROLE_USER": 1, "ROLE_VIP": 4, "ROLE_ADMIN": 4}
+LONGEST_TURN = 4
+CODE_DEADLINE_EXCEEDED, CODE_UNAVAILABLE = 4, 14  # google.rpc.Code
 
 
 class TaskNotFound(NotFound):
     reason = "TASK_NOT_FOUND"
+
+
+class TaskBatchNotFound(NotFound):
+    reason = "TASK_BATCH_NOT_FOUND"
 
 
 class TaskEnded(FailedPrecondition):
@@ -43,6 +50,14 @@ class TaskEnded(FailedPrecondition):
 
 class TaskNotRetryable(FailedPrecondition):
     reason = "TASK_NOT_RETRYABLE"
+
+
+class TaskNotDead(FailedPrecondition):
+    reason = "TASK_NOT_DEAD"
+
+
+class RedriveOfWhat(InvalidArgument):
+    reason = "REDRIVE_OF_WHAT"
 
 
 class LeaseLost(Aborted):
@@ -81,6 +96,7 @@ class Progress:
 
 
 WAITING = Progress(0.0, "queued")
+UNSERVED = Progress(0.0, "waiting for a worker")
 STARTED = Progress(0.0, "download")
 DONE = Progress(1.0, "done")
 
@@ -98,6 +114,7 @@ class Failure:
 
 
 WORKER_LOST = Failure(CODE_UNAVAILABLE, "The worker that had the task was lost.", "WORKER_LOST")
+TOO_LATE = Failure(CODE_DEADLINE_EXCEEDED, "The task did not end before its deadline.", "TASK_DEADLINE_EXCEEDED")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +123,11 @@ class Task:
 
     task_id: str
     user_id: str
+    role: str
+    """Its owner's when it was queued, as the access token said; weighs its turns."""
     pool: str
+    turn: int
+    """Its place in the pool: of those that are due, the least is claimed first. Kept until its owner retries it."""
     input_file_id: str
     file_ids: tuple[str, ...]
     """Every file that the operation reads, the input among them."""
@@ -131,6 +152,18 @@ class Task:
     """When a queued task may be claimed."""
     lease_time: datetime | None
     """When a running task's lease lapses."""
+    deadline: timedelta | None
+    """How long its owner gives each round."""
+    deadline_time: datetime | None
+    """When the present round's time is over."""
+    batch_id: str | None
+    """What it was created with, if not alone."""
+    request_id: str
+    """Of the call that queued it."""
+    trace_id: str
+    """Of that call; empty when it had none."""
+    dead_time: datetime | None
+    """When it used up its attempts on what might have passed: since then it is a dead letter."""
 
     @property
     def reservation_id(self) -> str:
@@ -141,6 +174,20 @@ class Task:
     def version(self) -> Version:
         """Differs after every change that an owner can see."""
         return self.sequence, self.progress
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tasks that were created in one call, and how far they are together."""
+
+    batch_id: str
+    user_id: str
+    create_time: datetime
+    size: int
+    states: Mapping[State, int]
+    """How many of them are where; a state that none is in may lack."""
+    fraction: float
+    """The mean of theirs, where one that has ended counts as 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +266,8 @@ class Terms:
     """Before the second attempt; doubles with each further one."""
     longest: timedelta = timedelta(hours=1)
     """How long an attempt may use its files; longer than any operation may take."""
+    kept: timedelta = timedelta(days=30)
+    """How long a task and its history can be read after its end."""
     result_max_bytes: int = 512 * 1024 * 1024  # an uncompressed image of 100 megapixels still fits
 
 
@@ -228,6 +277,16 @@ class Query:
 
     user_id: str
     state: State | None
+    batch_id: str | None
+    after: tuple[datetime, str] | None
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadQuery:
+    """A page of dead letters, oldest first; `after` is the last page's (dead_time, task_id)."""
+
+    reason: str | None
     after: tuple[datetime, str] | None
     size: int
 
@@ -251,8 +310,8 @@ class History:
 class Tasks(Protocol):
     """Where tasks are kept. Every `now` that a step sees is the database's."""
 
-    async def adopt(self, user_id: str, key: str, fingerprint: bytes, new_id: str) -> str:
-        """Return the id that the first creation with `key` was given, which is `new_id` if this is the first.
+    async def adopt(self, user_id: str, method: str, key: str, fingerprint: bytes, new_id: str) -> str:
+        """Return the id that the first call of `method` with `key` was given, which is `new_id` if this is the first.
 
         Raises:
             IdempotencyKeyReused: the first one asked for something else.
@@ -261,6 +320,19 @@ class Tasks(Protocol):
     async def add(self, task_id: str, created: Callable[[datetime], Change]) -> Task:
         """Store what `created` makes, or return the task that is there already."""
 
+    async def add_batch(self, batch_id: str, created: Callable[[datetime], Sequence[Change]]) -> Batch:
+        """Store what `created` makes, tasks of one owner, all or none; or return the batch that is there already."""
+
+    async def change_batch(self, batch_id: str, step: Step, *, owner: str) -> Batch:
+        """Take a step with each task of a batch, all or none.
+
+        Raises:
+            TaskBatchNotFound: there is none of this owner.
+        """
+
+    async def find_batch(self, batch_id: str) -> Batch | None:
+        """Return a batch, whoever's it is; None when there is none."""
+
     async def change(self, task_id: str, step: Step, *, owner: str | None = None) -> Task:
         """Take a step. With an owner, another's task is not found.
 
@@ -268,14 +340,17 @@ class Tasks(Protocol):
             TaskNotFound: there is none.
         """
 
-    async def claim(self, pool: str, step: Step) -> Task | None:
-        """Take `step` with the next task of a pool; None when nothing is due."""
+    async def claim(self, pool: str, count: int, step: Step) -> list[Task]:
+        """Take `step` with the next tasks of a pool, up to `count`; none when nothing is due."""
 
     async def find(self, task_id: str) -> Task | None:
         """Return a task, whoever's it is; None when there is none."""
 
     async def page(self, query: Query) -> Page:
         """Return one page."""
+
+    async def dead(self, query: DeadQuery) -> Page:
+        """Return one page of the dead letters."""
 
     async def histories(self, task_ids: Sequence[str]) -> list[History]:
         """Return those of the tasks that exist, each with all its events, as of one moment."""
@@ -286,8 +361,17 @@ class Tasks(Protocol):
     async def lapsed(self, limit: int) -> list[str]:
         """Return running tasks whose lease has lapsed, the longest lapsed first."""
 
+    async def late(self, limit: int) -> list[str]:
+        """Return tasks that have not ended though their deadline has passed, the longest passed first."""
+
     async def overdue(self, pool: str, waited: timedelta) -> int:
         """Count the tasks of a pool that could have been claimed for at least `waited`."""
+
+    async def cut(self, kept: timedelta, at_most: int, fence: int) -> int:
+        """Delete tasks that ended longer ago than `kept`, with their events; return how many, `at_most` at a time.
+
+        `fence` is of the work FORGET.
+        """
 
     async def forget(self, fence: int) -> None:
         """Delete idempotency keys that are too old to be repeated; `fence` is of the work FORGET."""
@@ -333,6 +417,25 @@ def require_found(task: Task | None, task_id: str, owner: str | None = None) -> 
     return task
 
 
+def require_batch(batch: Batch | None, batch_id: str, owner: str) -> Batch:
+    """Return `batch`.
+
+    Raises:
+        TaskBatchNotFound: there is none, or it is not the owner's.
+    """
+    if batch is None or batch.user_id != owner:
+        raise TaskBatchNotFound(f"There is no batch {batch_id}.", metadata={"batch_id": batch_id})
+    return batch
+
+
+def blamed(error: MeshError, index: int) -> MeshError:
+    """Return why a batch is refused, with the item that is to blame: what is wrong with its file."""
+    error.message = f"items[{index}]: {error.message}"
+    error.metadata["index"] = str(index)
+    error.violations[f"items[{index}].inputFileId"] = error.message
+    return error
+
+
 def require_retryable(task: Task) -> None:
     """Refuse to queue a task again that did not end badly.
 
@@ -346,14 +449,50 @@ def require_retryable(task: Task) -> None:
         )
 
 
+def require_either(task_ids: Sequence[str], reason: str) -> None:
+    """Refuse to redrive what is named in two ways, or not at all.
+
+    Raises:
+        RedriveOfWhat: give tasks, or a reason.
+    """
+    if bool(task_ids) == bool(reason):
+        raise RedriveOfWhat("Give either taskIds or a reason.", metadata={"fields": "taskIds, reason"})
+
+
+def require_dead(task: Task) -> None:
+    """Refuse to redrive a task that is no dead letter.
+
+    Raises:
+        TaskNotDead: it has attempts left, ended otherwise, or was queued again already.
+    """
+    if task.dead_time is None:
+        raise TaskNotDead(
+            f"The task {task.task_id} is no dead letter: it is {task.state}.",
+            metadata={"task_id": task.task_id, "state": task.state},
+        )
+
+
 def created(
-    now: datetime, *, task_id: str, user_id: str, input_file_id: str, file_ids: Sequence[str], operation: bytes
+    now: datetime,
+    *,
+    task_id: str,
+    user_id: str,
+    role: str,
+    input_file_id: str,
+    file_ids: Sequence[str],
+    operation: bytes,
+    deadline: timedelta | None = None,
+    batch_id: str | None = None,
+    request_id: str = "",
+    trace_id: str = "",
 ) -> Change:
-    """Make a task. It reads `file_ids`, the input among them."""
+    """Make a task. It reads `file_ids`, the input among them. Its turn is given where it is stored."""
     task = Task(
         task_id=task_id,
         user_id=user_id,
+        role=role,
         pool=POOL,
+        turn=0,
         input_file_id=input_file_id,
         file_ids=tuple(file_ids),
         operation=operation,
@@ -371,6 +510,12 @@ def created(
         update_time=now,
         due_time=now,
         lease_time=None,
+        deadline=deadline,
+        deadline_time=_later(now, deadline),
+        batch_id=batch_id,
+        request_id=request_id,
+        trace_id=trace_id,
+        dead_time=None,
     )
     return Change(task, notices=(TaskCreated(task), Permit(task)))
 
@@ -454,6 +599,14 @@ def lapsed(task: Task, now: datetime, *, terms: Terms, jitter: float) -> Change:
     return _attempt_failed(task, now, failure=WORKER_LOST, transient=True, terms=terms, jitter=jitter)
 
 
+def overran(task: Task, now: datetime) -> Change:
+    """Fail a task that has not ended by its deadline; its worker learns it as it learns of a cancellation."""
+    if task.state.ended or task.deadline_time is None or task.deadline_time >= now:
+        return Change(task)  # it ended, or was retried, since somebody looked
+    dead = replace(_ended(task, State.FAILED, now), failure=TOO_LATE)
+    return Change(dead, reason=TOO_LATE.reason, notices=(TaskFailed(dead),))
+
+
 def cancelled(task: Task, now: datetime) -> Change:
     """Stop a task. A cancelled one stays as it is.
 
@@ -467,12 +620,17 @@ def cancelled(task: Task, now: datetime) -> Change:
             f"The task {task.task_id} has ended already: it is {task.state}.",
             metadata={"task_id": task.task_id, "state": task.state},
         )
-    stopped = _ended(task, State.CANCELLED, now)
-    return Change(stopped, notices=(TaskCancelled(stopped),))
+    unwanted = _ended(task, State.CANCELLED, now)
+    return Change(unwanted, notices=(TaskCancelled(unwanted),))
 
 
-def retried(task: Task, now: datetime, *, round_: int) -> Change:
-    """Queue a task again that ended badly, with fresh attempts.
+def stopped(task: Task, now: datetime) -> Change:
+    """Cancel a task, as part of many, unless it has ended."""
+    return Change(task) if task.state.ended else cancelled(task, now)
+
+
+def retried(task: Task, now: datetime, *, round_: int, role: str, reason: str = "RETRIED") -> Change:
+    """Queue a task again that ended badly, with fresh attempts. It waits for a new turn, weighed by `role`.
 
     Raises:
         TaskNotRetryable: it did not end badly, or was retried since `round_` was reserved.
@@ -483,8 +641,32 @@ def retried(task: Task, now: datetime, *, round_: int) -> Change:
             f"The task {task.task_id} was retried by another call.",
             metadata={"task_id": task.task_id, "state": task.state},
         )
-    waiting = replace(_requeued(task, now, due_time=now), round=round_, failures=0, failure=None, end_time=None)
-    return Change(waiting, reason="RETRIED", notices=(TaskCreated(waiting), Permit(waiting)))
+    waiting = replace(
+        _requeued(task, now, due_time=now),
+        role=role,
+        round=round_,
+        failures=0,
+        failure=None,
+        dead_time=None,
+        start_time=None,
+        end_time=None,
+        deadline_time=_later(now, task.deadline),
+    )
+    return Change(waiting, reason=reason, notices=(TaskCreated(waiting), Permit(waiting)))
+
+
+def turns(role: str, *, present: int, last: int | None, count: int = 1) -> list[int]:
+    """Return the turns of `count` tasks that a user queues now (start-time fair queueing; decision 0019).
+
+    Args:
+        role: weighs them.
+        present: the turn that the pool has come to.
+        last: the latest turn among the user's tasks that have not ended; None when all have.
+        count: > 0.
+    """
+    length = LONGEST_TURN // WEIGHTS.get(role, 1)
+    first = present if last is None else max(present, last + length)
+    return [first + length * number for number in range(count)]
 
 
 def backoff(failures: int, *, terms: Terms, jitter: float) -> timedelta:
@@ -544,8 +726,12 @@ def _attempt_failed(
         rest = backoff(task.failures, terms=terms, jitter=jitter)
         # No permit yet: upkeep sends one when the rest is over.
         return Change(_requeued(task, now, due_time=now + rest), reason=failure.reason)
-    dead = replace(_ended(task, State.FAILED, now), failure=failure)
+    dead = replace(_ended(task, State.FAILED, now), failure=failure, dead_time=now if transient else None)
     return Change(dead, reason=failure.reason, notices=(TaskFailed(dead),))
+
+
+def _later(now: datetime, duration: timedelta | None) -> datetime | None:
+    return None if duration is None else now + duration
 
 
 def _requeued(task: Task, now: datetime, *, due_time: datetime) -> Task:

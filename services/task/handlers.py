@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 
@@ -15,12 +18,15 @@ from atelier.task.v1 import task_pb2_grpc
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 from google.api.httpbody_pb2 import HttpBody
 
-from mesh import bounds, capability, context, ids, status, wire
+from mesh import bounds, capability, context, ids, status, telemetry, wire
 from mesh.clock import Clock
-from mesh.errors import MeshError
+from mesh.errors import InvalidArgument, MeshError, NotFound
 from services.task import convert, domain, sse
-from services.task.domain import Change, Step, Task, Tasks, Terms
+from services.task.domain import UNSERVED, WAITING, Change, State, Step, Task, Tasks, Terms
 from services.task.watch import Watches
+
+REDRIVEN_AT_ONCE = 100  # of a reason, in one call
+ASKED_AT_ONCE = 50  # files of a batch: enough to hide the way to storage, not enough to fill its doorway
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +41,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         users: knows what their owners may use.
         capability_key: signs what a worker may read and write.
         terms: returns what a worker is promised now.
+        is_unserved: tells whether a pool lacks workers.
         clock: the time of day.
     """
 
@@ -47,6 +54,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         *,
         capability_key: str,
         terms: Callable[[], Terms],
+        is_unserved: Callable[[str], bool],
         clock: Clock,
     ) -> None:
         self._tasks = tasks
@@ -55,35 +63,38 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         self._users = users
         self._capability_key = capability_key
         self._terms = terms
+        self._is_unserved = is_unserved
         self._clock = clock
 
     async def CreateTask(self, request: pb.CreateTaskRequest, _: object) -> pb.Task:
-        user_id = context.user().user_id
+        user = context.user()
         task_id = ids.new("tsk")
         if request.request_id:
             # From here on every call with this key works on one task: the first to come through makes it, and what
             # a crash left half done the next one finishes.
             fingerprint = convert.fingerprint(request)
-            task_id = await self._tasks.adopt(user_id, request.request_id, fingerprint, task_id)
+            task_id = await self._tasks.adopt(user.user_id, "CreateTask", request.request_id, fingerprint, task_id)
             present = await self._tasks.find(task_id)
             if present is not None:
                 return convert.task_to_proto(present)
 
         file_ids = tuple(dict.fromkeys(bounds.file_references(request)))
         for file_id in file_ids:
-            asked = storage_pb2.StatFileRequest(file_id=file_id, user_id=user_id)
-            file = await self._storage.StatFile(asked)
-            domain.require_supported(file_id, file.content_type)
+            await self._require_supported(file_id, user.user_id)
 
         step = partial(
             domain.created,
             task_id=task_id,
-            user_id=user_id,
+            user_id=user.user_id,
+            role=user.role,
             input_file_id=request.input_file_id,
             file_ids=file_ids,
             operation=request.operation.SerializeToString(deterministic=True),
+            deadline=convert.deadline_from(request),
+            request_id=context.request_id(),
+            trace_id=telemetry.trace_id(),
         )
-        reserved_time = await self._reserve(user_id, task_id, round_=1)
+        reserved_time = await self._reserve(user.user_id, [task_id], round_=1)
 
         def create(now: datetime) -> Change:
             domain.require_fresh(reserved_time, self._clock.now())
@@ -91,26 +102,79 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
 
         return convert.task_to_proto(await self._tasks.add(task_id, create))
 
+    async def CreateTaskBatch(self, request: pb.CreateTaskBatchRequest, _: object) -> pb.TaskBatch:
+        user = context.user()
+        batch_id = ids.new("bat")
+        if request.request_id:  # as in CreateTask
+            key, fingerprint = request.request_id, convert.fingerprint(request)
+            batch_id = await self._tasks.adopt(user.user_id, "CreateTaskBatch", key, fingerprint, batch_id)
+            present = await self._tasks.find_batch(batch_id)
+            if present is not None:
+                return convert.batch_to_proto(present)
+
+        files = [tuple(dict.fromkeys(bounds.file_references(item))) for item in request.items]
+        await self._require_all_supported(files, user.user_id)
+
+        # Named by the batch: a repeated call reserves for the same tasks.
+        task_ids = [ids.numbered("tsk", batch_id, number) for number in range(len(request.items))]
+        steps = [
+            partial(
+                domain.created,
+                task_id=task_id,
+                user_id=user.user_id,
+                role=user.role,
+                input_file_id=item.input_file_id,
+                file_ids=file_ids,
+                operation=item.operation.SerializeToString(deterministic=True),
+                deadline=convert.deadline_from(request),
+                batch_id=batch_id,
+                request_id=context.request_id(),
+                trace_id=telemetry.trace_id(),
+            )
+            for task_id, item, file_ids in zip(task_ids, request.items, files, strict=True)
+        ]
+        reserved_time = await self._reserve(user.user_id, task_ids, round_=1)
+
+        def create(now: datetime) -> list[Change]:
+            domain.require_fresh(reserved_time, self._clock.now())
+            return [step(now) for step in steps]
+
+        return convert.batch_to_proto(await self._tasks.add_batch(batch_id, create))
+
+    async def GetTaskBatch(self, request: pb.GetTaskBatchRequest, _: object) -> pb.TaskBatch:
+        batch = await self._tasks.find_batch(request.batch_id)
+        return convert.batch_to_proto(domain.require_batch(batch, request.batch_id, context.user().user_id))
+
+    async def CancelTaskBatch(self, request: pb.CancelTaskBatchRequest, _: object) -> pb.TaskBatch:
+        owner = context.user().user_id
+        return convert.batch_to_proto(await self._tasks.change_batch(request.batch_id, domain.stopped, owner=owner))
+
     async def GetTask(self, request: pb.GetTaskRequest, _: object) -> pb.Task:
-        return convert.task_to_proto(await self._own(request.task_id))
+        task = await self._watches.ended(
+            request.task_id,
+            context.user(),
+            within_seconds=request.wait.ToTimedelta().total_seconds(),
+            stopping=context.draining(),
+        )
+        return convert.task_to_proto(self._shown(task))
 
     async def ListTasks(self, request: pb.ListTasksRequest, _: object) -> pb.ListTasksResponse:
         query = convert.query_from(request, context.user().user_id)
         page = await self._tasks.page(query)
         return pb.ListTasksResponse(
-            tasks=map(convert.task_to_proto, page.tasks),
-            next_page_token=convert.page_token(page.tasks[-1]) if page.more else "",
+            tasks=[convert.task_to_proto(self._shown(task)) for task in page.tasks],
+            next_page_token=convert.page_token(page),
         )
 
     async def WatchTask(self, request: pb.WatchTaskRequest, _: object) -> AsyncIterator[pb.WatchTaskResponse]:
         after = convert.cursor_from(request.cursor)
-        async for task in self._watches.follow(request.task_id, context.user(), after=after):
+        async for task in self._followed(request.task_id, after):
             if task is not None:
                 yield pb.WatchTaskResponse(task=convert.task_to_proto(task), cursor=convert.cursor(task))
 
     async def WatchTaskEvents(self, request: pb.WatchTaskEventsRequest, _: object) -> AsyncIterator[HttpBody]:
         after = convert.cursor_from(context.metadata().get("last-event-id", ""))
-        tasks = self._watches.follow(request.task_id, context.user(), after=after)
+        tasks = self._followed(request.task_id, after)
         news = ((convert.cursor(task), convert.task_to_json(task)) if task else None async for task in tasks)
         async for frame in sse.framed(context.until_ended(news), refusal=_refusal):
             yield HttpBody(content_type=sse.CONTENT_TYPE, data=frame)
@@ -122,14 +186,31 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
     async def RetryTask(self, request: pb.RetryTaskRequest, _: object) -> pb.Task:
         task = await self._own(request.task_id)
         domain.require_retryable(task)
-        round_ = task.round + 1
-        reserved_time = await self._reserve(task.user_id, task.task_id, round_=round_)
+        return convert.task_to_proto(await self._queued_again(task, role=context.user().role, reason="RETRIED"))
 
-        def retry(task: Task, now: datetime) -> Change:
-            domain.require_fresh(reserved_time, self._clock.now())
-            return domain.retried(task, now, round_=round_)
+    async def ListDeadLetters(self, request: pb.ListDeadLettersRequest, _: object) -> pb.ListDeadLettersResponse:
+        page = await self._tasks.dead(convert.dead_query_from(request))
+        return pb.ListDeadLettersResponse(
+            dead_letters=map(convert.dead_letter_to_proto, page.tasks), next_page_token=convert.dead_page_token(page)
+        )
 
-        return convert.task_to_proto(await self._tasks.change(task.task_id, retry, owner=task.user_id))
+    async def RedriveTasks(self, request: pb.RedriveTasksRequest, _: object) -> pb.RedriveTasksResponse:
+        domain.require_either(request.task_ids, request.reason)
+        task_ids, next_page_token = list(dict.fromkeys(request.task_ids)), ""
+        if request.reason:
+            page = await self._tasks.dead(convert.redrive_query_from(request, REDRIVEN_AT_ONCE))
+            task_ids, next_page_token = [task.task_id for task in page.tasks], convert.dead_page_token(page)
+        answer = pb.RedriveTasksResponse(next_page_token=next_page_token)
+        # One after the other: they may be one user's, whose turns and quota are given one at a time anyway.
+        for task_id in task_ids:
+            [outcome] = await asyncio.gather(self._redriven(task_id), return_exceptions=True)
+            if isinstance(outcome, MeshError):
+                answer.refusals.append(convert.refusal_to_proto(task_id, outcome))
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                answer.task_ids.append(task_id)
+        return answer
 
     async def ListTaskEvents(self, request: pb.ListTaskEventsRequest, _: object) -> pb.ListTaskEventsResponse:
         await self._own(request.task_id)
@@ -137,20 +218,15 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         return pb.ListTaskEventsResponse(events=map(convert.event_to_proto, history.events))
 
     async def ClaimTask(self, request: pb.ClaimTaskRequest, _: object) -> pb.ClaimTaskResponse:
-        task = await self._tasks.claim(request.pool, partial(domain.claimed, terms=self._terms()))
-        if task is None:
-            return pb.ClaimTaskResponse()
-        log.info(
-            "claimed",
-            extra={"task_id": task.task_id, "attempt": task.attempt, "worker_id": request.worker_id},
-        )
-        return pb.ClaimTaskResponse(
-            assignment=pb.ClaimTaskResponse.Assignment(
-                task=convert.task_to_proto(task),
-                lease_duration=wire.duration(self._terms().lease),
-                capability=self._capability(task),
+        claimed = partial(domain.claimed, terms=self._terms())
+        tasks = await self._tasks.claim(request.pool, request.max_tasks or 1, claimed)
+        for task in tasks:
+            log.info(
+                "claimed",
+                extra={"task_id": task.task_id, "attempt": task.attempt, "worker_id": request.worker_id},
             )
-        )
+        assignments = [self._assignment(task) for task in tasks]
+        return pb.ClaimTaskResponse(assignment=assignments[0] if assignments else None, others=assignments[1:])
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, _: object) -> pb.RenewLeaseResponse:
         progress = convert.progress_from(request)
@@ -178,25 +254,82 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             reservation_id=task.reservation_id,
         )
 
+    async def _followed(self, task_id: str, after: int | None) -> AsyncGenerator[Task | None]:
+        """Follow a task of the present user; when nothing happens for a while, say it if it lacks a worker."""
+        said: Task | None = None
+        async with aclosing(self._watches.follow(task_id, context.user(), after=after)) as tasks:
+            async for task in tasks:
+                present = task or said
+                news = None if present is None else self._shown(present)
+                yield None if task is None and news == said else news
+                said = news
+
+    def _shown(self, task: Task) -> Task:
+        """Return a task as people see it: one that waits tells of a pool without workers."""
+        if task.state is not State.QUEUED:
+            return task
+        return replace(task, progress=UNSERVED if self._is_unserved(task.pool) else WAITING)
+
     async def _own(self, task_id: str) -> Task:
         return domain.require_found(await self._tasks.find(task_id), task_id, context.user().user_id)
 
-    async def _reserve(self, user_id: str, task_id: str, *, round_: int) -> datetime:
-        """Set one task of a user's quota aside; return since when, at the latest, it surely holds.
+    async def _redriven(self, task_id: str) -> Task:
+        task = domain.require_found(await self._tasks.find(task_id), task_id)
+        domain.require_dead(task)
+        return await self._queued_again(task, role=task.role, reason="REDRIVEN")
+
+    async def _queued_again(self, task: Task, *, role: str, reason: str) -> Task:
+        round_ = task.round + 1
+        reserved_time = await self._reserve(task.user_id, [task.task_id], round_=round_)
+
+        def retry(task: Task, now: datetime) -> Change:
+            domain.require_fresh(reserved_time, self._clock.now())
+            return domain.retried(task, now, round_=round_, role=role, reason=reason)
+
+        return await self._tasks.change(task.task_id, retry, owner=task.user_id)
+
+    async def _require_supported(self, file_id: str, user_id: str) -> None:
+        file = await self._storage.StatFile(storage_pb2.StatFileRequest(file_id=file_id, user_id=user_id))
+        domain.require_supported(file_id, file.content_type)
+
+    async def _require_all_supported(self, files: Sequence[Sequence[str]], user_id: str) -> None:
+        """Refuse a batch with a file that no worker can read, blaming the first item that has one."""
+        first = {file_id: index for index, file_ids in reversed([*enumerate(files)]) for file_id in file_ids}
+        asked = sorted(first, key=first.__getitem__)
+        for start in range(0, len(asked), ASKED_AT_ONCE):
+            some = asked[start : start + ASKED_AT_ONCE]
+            answers = await asyncio.gather(
+                *(self._require_supported(file_id, user_id) for file_id in some), return_exceptions=True
+            )
+            for file_id, answer in zip(some, answers, strict=True):
+                if isinstance(answer, NotFound | InvalidArgument):
+                    raise domain.blamed(answer, first[file_id])
+                if answer is not None:
+                    raise answer
+
+    async def _reserve(self, user_id: str, task_ids: Sequence[str], *, round_: int) -> datetime:
+        """Set a user's quota aside for tasks, all or none; return since when, at the latest, it surely holds.
 
         Nobody gives it back when a later step fails: another call with the same key may be about to commit on it, and
         whether a commit failed is not always known. The user service asks what became of the task instead.
         """
         before = self._clock.now()
-        await self._users.ReserveQuota(
-            user_pb2.ReserveQuotaRequest(
-                reservation_id=domain.reservation_id(task_id, round_),
+        await self._users.ReserveQuotas(
+            user_pb2.ReserveQuotasRequest(
+                reservation_ids=[domain.reservation_id(task_id, round_) for task_id in task_ids],
                 user_id=user_id,
                 kind=user_pb2.ReserveQuotaRequest.KIND_TASKS,
                 amount=1,
             )
         )
         return before
+
+    def _assignment(self, task: Task) -> pb.ClaimTaskResponse.Assignment:
+        return pb.ClaimTaskResponse.Assignment(
+            task=convert.task_to_proto(task),
+            lease_duration=wire.duration(self._terms().lease),
+            capability=self._capability(task),
+        )
 
     def _capability(self, task: Task) -> str:
         granted = capability.Capability(

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, String, TextClause, func, insert, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    String,
+    TextClause,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from mesh import idempotency, lock, outbox
 from mesh.database import Database, Timestamp, insert_if_absent, now
 from services.task.domain import (
     FORGET,
+    Batch,
     Change,
+    DeadQuery,
     Event,
     Failure,
     History,
@@ -25,11 +42,25 @@ from services.task.domain import (
     Step,
     Task,
     Version,
+    require_batch,
     require_found,
+    turns,
 )
-from services.task.tables import QUEUED, RUNNING, idempotency_table, lock_table, outbox_table
+from services.task.tables import (
+    QUEUED,
+    RUNNING,
+    UNENDED,
+    idempotency_table,
+    lock_table,
+    outbox_table,
+    taking_turns,
+)
 from services.task.tables import task as task_table
+from services.task.tables import task_batch as batch_table
 from services.task.tables import task_event as event_table
+
+_MICROSECOND = timedelta(microseconds=1)
+_UPDATE = update(task_table).where(task_table.c.task_id == bindparam("key"))
 
 
 class SqlTasks:
@@ -49,13 +80,13 @@ class SqlTasks:
         """Call each of `listeners` with a task's id after every change of it from now on."""
         self._listeners = listeners
 
-    async def adopt(self, user_id: str, key: str, fingerprint: bytes, new_id: str) -> str:
+    async def adopt(self, user_id: str, method: str, key: str, fingerprint: bytes, new_id: str) -> str:
         async with self._database.transaction() as connection:
             task_id, _ = await idempotency.adopt(
                 connection,
                 idempotency_table,
                 caller=user_id,
-                method="CreateTask",
+                method=method,
                 key=key,
                 fingerprint=fingerprint,
                 new_id=new_id,
@@ -68,29 +99,68 @@ class SqlTasks:
             if present is not None:
                 return present
             change = created(await now(connection))
+            [change] = await _in_turn(connection, [change])
             if not await insert_if_absent(connection, task_table, _columns(change.task)):
                 # On PostgreSQL another call with the same key can slip in between: its task is ours.
                 return require_found(await _locked(connection, task_id), task_id)
-            await self._tell(connection, change)
+            await self._tell(connection, [change])
         self._committed(task_id)
         return change.task
+
+    async def add_batch(self, batch_id: str, created: Callable[[datetime], Sequence[Change]]) -> Batch:
+        async with self._database.transaction() as connection:
+            changes = created(await now(connection))
+            task = changes[0].task
+            row = {
+                "batch_id": batch_id,
+                "user_id": task.user_id,
+                "size": len(changes),
+                "create_time": task.create_time,
+            }
+            if await insert_if_absent(connection, batch_table, row):
+                changes = await _in_turn(connection, changes)
+                await connection.execute(insert(task_table), [_columns(each.task) for each in changes])
+                await self._tell(connection, changes)
+            batch = await _batch(connection, batch_id)
+        assert batch is not None  # noqa: S101 - of this transaction, or of one before
+        for each in changes:
+            self._committed(each.task.task_id)
+        return batch
+
+    async def change_batch(self, batch_id: str, step: Step, *, owner: str) -> Batch:
+        async with self._database.transaction() as connection:
+            require_batch(await _batch(connection, batch_id), batch_id, owner)
+            members = (
+                select(task_table)
+                .where(task_table.c.batch_id == batch_id)
+                .order_by(task_table.c.task_id)
+                .with_for_update()
+            )
+            tasks = [_task(row) for row in await connection.execute(members)]
+            await self._take(connection, tasks, step)
+            batch = require_batch(await _batch(connection, batch_id), batch_id, owner)
+        for each in tasks:
+            self._committed(each.task_id)
+        return batch
+
+    async def find_batch(self, batch_id: str) -> Batch | None:
+        async with self._database.reading() as connection:
+            return await _batch(connection, batch_id)
 
     async def change(self, task_id: str, step: Step, *, owner: str | None = None) -> Task:
         async with self._database.transaction() as connection:
             task = require_found(await _locked(connection, task_id), task_id, owner)
-            change = await self._take(connection, task, step)
+            [change] = await self._take(connection, [task], step)
         if change.task.version != task.version:
             self._committed(task_id)
         return change.task
 
-    async def claim(self, pool: str, step: Step) -> Task | None:
+    async def claim(self, pool: str, count: int, step: Step) -> list[Task]:
         async with self._database.transaction() as connection:
-            task = await _next(connection, pool)
-            if task is None:
-                return None
-            change = await self._take(connection, task, step)
-        self._committed(task.task_id)
-        return change.task
+            changes = await self._take(connection, await _next(connection, pool, count), step)
+        for change in changes:
+            self._committed(change.task.task_id)
+        return [change.task for change in changes]
 
     async def find(self, task_id: str) -> Task | None:
         async with self._database.reading() as connection:
@@ -107,8 +177,26 @@ class SqlTasks:
         )
         if query.state is not None:
             found = found.where(task_table.c.state == query.state)
+        if query.batch_id is not None:
+            found = found.where(task_table.c.batch_id == query.batch_id)
         if query.after is not None:
             found = found.where(place < tuple_(*query.after, types=[Timestamp(), String()]))
+        async with self._database.reading() as connection:
+            tasks = [_task(row) for row in await connection.execute(found)]
+        return Page(tasks[: query.size], len(tasks) > query.size)
+
+    async def dead(self, query: DeadQuery) -> Page:
+        place = tuple_(task_table.c.dead_time, task_table.c.task_id)
+        found = (
+            select(task_table)
+            .where(task_table.c.dead_time.is_not(None))
+            .order_by(task_table.c.dead_time, task_table.c.task_id)
+            .limit(query.size + 1)
+        )
+        if query.reason is not None:
+            found = found.where(task_table.c.failure_reason == query.reason)
+        if query.after is not None:
+            found = found.where(place > tuple_(*query.after, types=[Timestamp(), String()]))
         async with self._database.reading() as connection:
             tasks = [_task(row) for row in await connection.execute(found)]
         return Page(tasks[: query.size], len(tasks) > query.size)
@@ -143,45 +231,73 @@ class SqlTasks:
             )
             return list((await connection.execute(found)).scalars())
 
+    async def late(self, limit: int) -> list[str]:
+        async with self._database.reading() as connection:
+            found = (
+                select(task_table.c.task_id)
+                .where(UNENDED, task_table.c.deadline_time < await now(connection))
+                .order_by(task_table.c.deadline_time)
+                .limit(limit)
+            )
+            return list((await connection.execute(found)).scalars())
+
     async def overdue(self, pool: str, waited: timedelta) -> int:
         async with self._database.reading() as connection:
             due = _due(pool, await now(connection) - waited)
             return (await connection.execute(select(func.count()).where(*due))).scalar_one()
 
     async def forget(self, fence: int) -> None:
+        more = True
+        while more:
+            async with self._database.transaction() as connection:
+                await lock.require(connection, lock_table, FORGET, fence)
+                more = await idempotency.forget(connection, idempotency_table)
+
+    async def cut(self, kept: timedelta, at_most: int, fence: int) -> int:
         async with self._database.transaction() as connection:
+            # One at a time: of two that each delete one of a batch's last tasks, neither would see the batch empty.
             await lock.require(connection, lock_table, FORGET, fence)
-            await idempotency.forget(connection, idempotency_table)
+            old = (
+                select(task_table.c.task_id, task_table.c.batch_id)
+                .where(task_table.c.end_time < await now(connection) - kept)
+                .order_by(task_table.c.end_time)
+                .limit(at_most)
+                .with_for_update(skip_locked=True)
+            )
+            rows = (await connection.execute(old)).all()
+            task_ids, batch_ids = [row.task_id for row in rows], {row.batch_id for row in rows if row.batch_id}
+            if task_ids:
+                await connection.execute(delete(event_table).where(event_table.c.task_id.in_(task_ids)))
+                await connection.execute(delete(task_table).where(task_table.c.task_id.in_(task_ids)))
+            if batch_ids:
+                members = exists().where(task_table.c.batch_id == batch_table.c.batch_id)
+                await connection.execute(delete(batch_table).where(batch_table.c.batch_id.in_(batch_ids), ~members))
+        return len(task_ids)
 
     def _committed(self, task_id: str) -> None:
         for listener in self._listeners:
             listener(task_id)
 
-    async def _take(self, connection: AsyncConnection, task: Task, step: Step) -> Change:
-        change = step(task, await now(connection))
-        if change.task != task:
-            await connection.execute(
-                update(task_table).where(task_table.c.task_id == task.task_id).values(_columns(change.task))
-            )
-        if change.task.sequence != task.sequence:
-            await self._tell(connection, change)
-        return change
+    async def _take(self, connection: AsyncConnection, tasks: Sequence[Task], step: Step) -> list[Change]:
+        """Take a step with each of `tasks`, which are locked; return what became of them, in order."""
+        time = await now(connection)
+        changes = [step(task, time) for task in tasks]
+        anew = [each for task, each in zip(tasks, changes, strict=True) if each.task.round != task.round]
+        if anew:  # queued by their owner again: each waits for another turn
+            placed = {each.task.task_id: each for each in await _in_turn(connection, anew)}
+            changes = [placed.get(each.task.task_id, each) for each in changes]
+        moved = [each for task, each in zip(tasks, changes, strict=True) if each.task != task]
+        if moved:
+            await connection.execute(_UPDATE, [{**_columns(each.task), "key": each.task.task_id} for each in moved])
+        pairs = zip(tasks, changes, strict=True)
+        await self._tell(connection, [each for task, each in pairs if each.task.sequence != task.sequence])
+        return changes
 
-    async def _tell(self, connection: AsyncConnection, change: Change) -> None:
-        """Write the event of a change of state, and what the world hears of it."""
-        task = change.task
-        await connection.execute(
-            insert(event_table).values(
-                task_id=task.task_id,
-                sequence=task.sequence,
-                state=task.state,
-                attempt=task.attempt,
-                reason=change.reason,
-                create_time=task.update_time,
-                **_failure_columns(task.failure),
-            )
-        )
-        await outbox.add(connection, outbox_table, *map(self._encode, change.notices))
+    async def _tell(self, connection: AsyncConnection, changes: Sequence[Change]) -> None:
+        """Write the events of changes of state, and what the world hears of them."""
+        if changes:
+            await connection.execute(insert(event_table), [_event_columns(each) for each in changes])
+            await outbox.add(connection, outbox_table, *(self._encode(n) for each in changes for n in each.notices))
 
 
 async def _locked(connection: AsyncConnection, task_id: str) -> Task | None:
@@ -190,17 +306,55 @@ async def _locked(connection: AsyncConnection, task_id: str) -> Task | None:
     return None if row is None else _task(row)
 
 
-async def _next(connection: AsyncConnection, pool: str) -> Task | None:
-    """Pick the task that a worker gets: the one that has been due for longest."""
+async def _batch(connection: AsyncConnection, batch_id: str) -> Batch | None:
+    found = select(batch_table).where(batch_table.c.batch_id == batch_id)
+    row = (await connection.execute(found)).one_or_none()
+    if row is None:
+        return None
+    members = (
+        select(task_table.c.state, func.count(), func.sum(task_table.c.progress_fraction))
+        .where(task_table.c.batch_id == batch_id)
+        .group_by(task_table.c.state)
+    )
+    states, done = {}, 0.0
+    for name, count, fractions in await connection.execute(members):
+        state = State(name)
+        states[state] = count
+        done += count if state.ended else fractions
+    done += row.size - sum(states.values())  # those that ended so long ago that they are not kept
+    return Batch(batch_id, row.user_id, row.create_time, row.size, states, done / row.size)
+
+
+async def _in_turn(connection: AsyncConnection, changes: Sequence[Change]) -> list[Change]:
+    """Give tasks that one owner queues now their places in the pool."""
+    first = changes[0].task
+    mine = (taking_turns.c.pool == first.pool) & (taking_turns.c.user_id == first.user_id)
+    await insert_if_absent(connection, taking_turns, {"pool": first.pool, "user_id": first.user_id})
+    await connection.execute(select(taking_turns).where(mine).with_for_update())
+
+    in_pool = task_table.c.pool == first.pool
+    turn = select(task_table.c.turn)
+    # The pool has come to the next turn of what nobody has claimed yet: unlike that of a task which comes back from a
+    # worker, it never goes back. When all has been claimed, whoever comes now comes after it.
+    never_claimed = turn.where(in_pool, QUEUED, task_table.c.start_time.is_(None)).order_by(task_table.c.turn).limit(1)
+    latest = select(func.max(task_table.c.turn)).where(in_pool, UNENDED)
+    of_user = turn.where(in_pool, UNENDED, task_table.c.user_id == first.user_id).order_by(task_table.c.turn.desc())
+    present = func.coalesce(never_claimed.scalar_subquery(), latest.scalar_subquery(), 0)  # the second only if needed
+    found = (await connection.execute(select(present, of_user.limit(1).scalar_subquery()))).one()
+    given = turns(first.role, present=found[0], last=found[1], count=len(changes))
+    return [replace(each, task=replace(each.task, turn=own)) for each, own in zip(changes, given, strict=True)]
+
+
+async def _next(connection: AsyncConnection, pool: str, count: int) -> list[Task]:
+    """Pick the tasks that a worker gets: of those that are due, the ones whose turn it is."""
     found = (
         select(task_table)
         .where(*_due(pool, await now(connection)))
-        .order_by(task_table.c.due_time, task_table.c.task_id)
-        .limit(1)
+        .order_by(task_table.c.turn, task_table.c.task_id)
+        .limit(count)
         .with_for_update(skip_locked=True)
     )
-    row = (await connection.execute(found)).one_or_none()
-    return None if row is None else _task(row)
+    return [_task(row) for row in await connection.execute(found)]
 
 
 def _due(pool: str, time: datetime) -> tuple[ColumnElement[bool] | TextClause, ...]:
@@ -215,7 +369,9 @@ def _columns(task: Task) -> dict[str, Any]:
     return {
         "task_id": task.task_id,
         "user_id": task.user_id,
+        "role": task.role,
         "pool": task.pool,
+        "turn": task.turn,
         "input_file_id": task.input_file_id,
         "file_ids": list(task.file_ids),
         "operation": task.operation,
@@ -233,6 +389,12 @@ def _columns(task: Task) -> dict[str, Any]:
         "update_time": task.update_time,
         "due_time": task.due_time,
         "lease_time": task.lease_time,
+        "deadline_microseconds": task.deadline and task.deadline // _MICROSECOND,
+        "deadline_time": task.deadline_time,
+        "batch_id": task.batch_id,
+        "request_id": task.request_id,
+        "trace_id": task.trace_id,
+        "dead_time": task.dead_time,
         **_failure_columns(task.failure),
     }
 
@@ -241,7 +403,9 @@ def _task(row: Row[Any]) -> Task:
     return Task(
         task_id=row.task_id,
         user_id=row.user_id,
+        role=row.role,
         pool=row.pool,
+        turn=row.turn,
         input_file_id=row.input_file_id,
         file_ids=tuple(row.file_ids),
         operation=row.operation,
@@ -259,7 +423,26 @@ def _task(row: Row[Any]) -> Task:
         update_time=row.update_time,
         due_time=row.due_time,
         lease_time=row.lease_time,
+        deadline=None if row.deadline_microseconds is None else row.deadline_microseconds * _MICROSECOND,
+        deadline_time=row.deadline_time,
+        batch_id=row.batch_id,
+        request_id=row.request_id,
+        trace_id=row.trace_id,
+        dead_time=row.dead_time,
     )
+
+
+def _event_columns(change: Change) -> dict[str, Any]:
+    task = change.task
+    return {
+        "task_id": task.task_id,
+        "sequence": task.sequence,
+        "state": task.state,
+        "attempt": task.attempt,
+        "reason": change.reason,
+        "create_time": task.update_time,
+        **_failure_columns(task.failure),
+    }
 
 
 def _event(row: Row[Any]) -> Event:

@@ -12,13 +12,16 @@ metadata = MetaData()
 # Written out, not bound: SQLite uses a partial index only for a query that states its very condition.
 QUEUED = text("task.state = 'QUEUED'")
 RUNNING = text("task.state = 'RUNNING'")
+UNENDED = text("task.state IN ('QUEUED', 'RUNNING')")
 
 task = Table(
     "task",
     metadata,
     Column("task_id", String, primary_key=True),
     Column("user_id", String, nullable=False),
+    Column("role", String, nullable=False, server_default="ROLE_USER"),
     Column("pool", String, nullable=False),
+    Column("turn", BigInteger, nullable=False, server_default="0"),
     Column("input_file_id", String, nullable=False),
     Column("file_ids", JSON, nullable=False),
     Column("operation", LargeBinary, nullable=False),
@@ -39,23 +42,84 @@ task = Table(
     Column("update_time", Timestamp, nullable=False),
     Column("due_time", Timestamp, nullable=False),
     Column("lease_time", Timestamp),
+    Column("deadline_microseconds", BigInteger),
+    Column("deadline_time", Timestamp),
+    Column("batch_id", String),
+    Column("request_id", String, nullable=False, server_default=""),
+    Column("trace_id", String, nullable=False, server_default=""),
+    Column("dead_time", Timestamp),
     Index("task_by_user", "user_id", "create_time", "task_id"),
     Index("task_by_user_and_state", "user_id", "state", "create_time", "task_id"),
 )
 # Partial: only what waits or runs is ever looked for by time, and that stays small while ended tasks pile up.
 Index(
-    "task_queue",
+    "task_turns",
     task.c.pool,
-    task.c.due_time,
+    task.c.turn,
     task.c.task_id,
+    task.c.due_time,  # so that those that rest are passed over in the index itself
     sqlite_where=text("state = 'QUEUED'"),
     postgresql_where=text("state = 'QUEUED'"),
+)
+Index(
+    "task_turns_of_user",
+    task.c.pool,
+    task.c.user_id,
+    task.c.turn,
+    sqlite_where=text("state IN ('QUEUED', 'RUNNING')"),
+    postgresql_where=text("state IN ('QUEUED', 'RUNNING')"),
 )
 Index(
     "task_leases",
     task.c.lease_time,
     sqlite_where=text("state = 'RUNNING'"),
     postgresql_where=text("state = 'RUNNING'"),
+)
+Index(
+    "task_deadlines",
+    task.c.deadline_time,
+    sqlite_where=text("state IN ('QUEUED', 'RUNNING') AND deadline_time IS NOT NULL"),
+    postgresql_where=text("state IN ('QUEUED', 'RUNNING') AND deadline_time IS NOT NULL"),
+)
+
+Index(
+    "task_by_batch",
+    task.c.batch_id,
+    task.c.create_time,
+    task.c.task_id,
+    sqlite_where=text("batch_id IS NOT NULL"),
+    postgresql_where=text("batch_id IS NOT NULL"),
+)
+
+Index(
+    "task_ended",
+    task.c.end_time,
+    sqlite_where=text("end_time IS NOT NULL"),
+    postgresql_where=text("end_time IS NOT NULL"),
+)
+Index(
+    "task_dead_letters",
+    task.c.dead_time,
+    task.c.task_id,
+    sqlite_where=text("dead_time IS NOT NULL"),
+    postgresql_where=text("dead_time IS NOT NULL"),
+)
+
+task_batch = Table(
+    "task_batch",
+    metadata,
+    Column("batch_id", String, primary_key=True),
+    Column("user_id", String, nullable=False),
+    Column("size", Integer, nullable=False),
+    Column("create_time", Timestamp, nullable=False),
+)
+
+# One row for each user who ever queued something: locked while a turn is given, so that no two get the same.
+taking_turns = Table(
+    "taking_turns",
+    metadata,
+    Column("pool", String, primary_key=True),
+    Column("user_id", String, primary_key=True),
 )
 
 task_event = Table(

@@ -1,4 +1,4 @@
-"""What no request does: takes tasks from lost workers, and replaces permits that the broker does not hold.
+"""What no request does: takes tasks from lost workers, ends late ones, and replaces permits that the broker lost.
 
 Every replica runs one, and needs no lock: each step judges anew inside its transaction, so that two at once do no harm.
 Only what nobody misses for a day is left to one replica.
@@ -22,10 +22,12 @@ from mesh.service import Background, every
 from services.task import convert, domain
 from services.task.domain import Tasks, Terms
 
-AT_ONCE = 100  # lapsed leases or permits in one round, so that a round stays short
+AT_ONCE = 100  # lapsed leases, late tasks or permits in one round, so that a round stays short
 REAP_SECONDS = 1.0
 REPLENISH_SECONDS = 2.0
+LOOK_SECONDS = 5.0
 FORGET_SECONDS = 600.0
+CUT_AT_ONCE = 500  # tasks in one transaction, so that nobody who writes waits long for it
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ class Permits(Protocol):
     """The queues that hold permits."""
 
     async def depth(self, queue: str) -> int: ...
+
+    async def consumers(self, queue: str) -> int: ...
 
     async def publish(self, message: Message) -> None: ...
 
@@ -45,6 +49,7 @@ class Upkeep:
         tasks: where tasks are kept.
         permits: where permits wait.
         terms: returns what workers are promised now.
+        absence: how long tasks may be due without any worker before that is an alarm.
         permit_grace: what the outbox and a free worker need with a fresh task's own permit.
         monotonic: seconds; for the rest after the start.
     """
@@ -55,6 +60,7 @@ class Upkeep:
         permits: Permits,
         terms: Callable[[], Terms],
         *,
+        absence: timedelta = timedelta(seconds=60),
         permit_grace: timedelta = timedelta(seconds=2),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -62,7 +68,10 @@ class Upkeep:
         self._permits = permits
         self._terms = terms
         self._permit_grace = permit_grace
+        self._absence = absence
         self._monotonic = monotonic
+        self._missing_since: float | None = None
+        self._unserved = False
         # While no replica ran, no worker could renew: each gets one lease to say that it lives.
         self._reap_from = monotonic() + (terms().lease + terms().slack).total_seconds()
 
@@ -70,9 +79,38 @@ class Upkeep:
         """Return what must run for ever: apart, so that a broker that is away does not keep lost tasks waiting."""
         return [
             every(REAP_SECONDS, self.reap),
+            every(REAP_SECONDS, self.end_late),
             every(REPLENISH_SECONDS, self.replenish),
-            locks.alone(domain.FORGET, FORGET_SECONDS, self._tasks.forget),
+            every(LOOK_SECONDS, self.look_for_workers),
+            locks.alone(domain.FORGET, FORGET_SECONDS, self.forget),
         ]
+
+    def is_unserved(self, pool: str) -> bool:
+        """Tell whether a pool has had due tasks and no worker for too long."""
+        return self._unserved and pool == domain.POOL
+
+    def degraded(self) -> str:
+        """Return what operators should know of this service; empty when all is well."""
+        return f"No worker serves the pool {domain.POOL}; tasks wait." if self._unserved else ""
+
+    async def look_for_workers(self) -> None:
+        """Raise the alarm when tasks have been due without a worker, whoever takes permits, or end it."""
+        due = await self._tasks.overdue(domain.POOL, timedelta(0))
+        try:
+            missing = bool(due) and not await self._permits.consumers(convert.queue(domain.POOL))
+        except Unavailable:
+            return  # without the broker nobody can tell: what was known stays
+        if not missing:
+            self._missing_since = None
+        elif self._missing_since is None:
+            self._missing_since = self._monotonic()
+        absent_seconds = 0.0 if self._missing_since is None else self._monotonic() - self._missing_since
+        unserved = missing and absent_seconds >= self._absence.total_seconds()
+        if unserved and not self._unserved:
+            log.error("no worker serves the pool", extra={"pool": domain.POOL, "due": due})
+        elif self._unserved and not unserved:
+            log.info("workers serve the pool again", extra={"pool": domain.POOL})
+        self._unserved = unserved
 
     async def reap(self) -> None:
         """Take tasks whose lease has lapsed from their workers."""
@@ -82,6 +120,21 @@ class Upkeep:
             jitter = random.random()  # noqa: S311 - spreads tasks over time, keeps no secret
             task = await self._tasks.change(task_id, partial(domain.lapsed, terms=self._terms(), jitter=jitter))
             log.warning("worker lost", extra={"task_id": task_id, "attempt": task.attempt, "state": task.state})
+
+    async def end_late(self) -> None:
+        """Fail the tasks whose deadline has passed."""
+        full = True
+        while full:  # a batch has one deadline for all
+            late = await self._tasks.late(AT_ONCE)
+            for task_id in late:
+                await self._tasks.change(task_id, domain.overran)
+            full = len(late) == AT_ONCE
+
+    async def forget(self, fence: int) -> None:
+        """Delete keys that nobody repeats any more, and tasks that ended longer ago than they are kept."""
+        await self._tasks.forget(fence)
+        while await self._tasks.cut(self._terms().kept, CUT_AT_ONCE, fence) == CUT_AT_ONCE:
+            pass  # each step lets those who wait write before the next
 
     async def replenish(self) -> None:
         """Publish a permit for every due task that has waited and for which the broker holds none.

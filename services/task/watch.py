@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from datetime import timedelta
 from functools import partial
 from typing import Protocol
@@ -80,7 +80,7 @@ class Watches:
         self._stirred = asyncio.Event()
         self._unannounced: asyncio.Queue[str] = asyncio.Queue(UNANNOUNCED)
 
-    async def follow(self, task_id: str, user: User, *, after: int | None) -> AsyncIterator[Task | None]:
+    async def follow(self, task_id: str, user: User, *, after: int | None) -> AsyncGenerator[Task | None]:
         """Yield the task now and after every change until it has ended; None whenever nothing happened for a while.
 
         Args:
@@ -109,6 +109,28 @@ class Watches:
                 else:
                     yield None
                 self._require_time(user, began)
+
+    async def ended(self, task_id: str, user: User, *, within_seconds: float, stopping: asyncio.Event) -> Task:
+        """Return the task once it has ended; else, after `within_seconds` or when `stopping` is set, as it then is.
+
+        Raises:
+            TaskNotFound: there is none of this user.
+        """
+        task = require_found(await self._tasks.find(task_id), task_id, user.user_id)
+        if task.state.ended or within_seconds <= 0:
+            return task
+        waiting = [asyncio.create_task(self._end(task_id, user)), asyncio.create_task(stopping.wait())]
+        try:
+            await asyncio.wait(waiting, timeout=within_seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waiting:
+                each.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)  # why it broke off is asked below, of the database
+        return require_found(await self._tasks.find(task_id), task_id, user.user_id)
+
+    def has_watchers(self, task_id: str) -> bool:
+        """Tell whether anybody follows a task, or waits for its end, in this replica."""
+        return task_id in self._watched
 
     def changed(self, task_id: str) -> None:
         """Hear that this replica has changed a task."""
@@ -153,6 +175,11 @@ class Watches:
         """Hear what the other replicas have changed, for ever."""
         async for body in broadcasts.listen(CHANGES):
             self._stir(body.decode())
+
+    async def _end(self, task_id: str, user: User) -> None:
+        async with contextlib.aclosing(self.follow(task_id, user, after=None)) as tasks:
+            async for _ in tasks:
+                pass
 
     @contextlib.contextmanager
     def _watching(self, task_id: str) -> Iterator[_Watched]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -240,15 +240,17 @@ class Quotas(Protocol):
     async def usage(self, user_id: str, now: datetime) -> Mapping[Kind, Usage]:
         """Return the usage of the present period."""
 
-    async def reserve(self, reservation_id: str, user_id: str, kind: Kind, amount: int, now: datetime) -> Reservation:
-        """Set an amount aside.
+    async def reserve(
+        self, reservation_ids: Sequence[str], user_id: str, kind: Kind, amount: int, now: datetime
+    ) -> list[Reservation]:
+        """Set an amount aside for each reservation, all or none; return them in order.
 
         One that is only held is held anew from `now`; one that is bound or charged is returned as it is; a released
         one is set aside again, so that a create repeated after its reservation was given back is still counted.
 
         Raises:
             UserNotFound: there is no such account.
-            QuotaExceeded: it does not fit.
+            QuotaExceeded: they do not fit.
         """
 
     async def move(self, reservation_id: str, target: State, now: datetime) -> Reservation | None:

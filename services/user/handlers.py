@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Sequence
 from dataclasses import replace
 
 from atelier.auth.v1 import auth_pb2, auth_pb2_grpc
@@ -141,15 +142,11 @@ class UserService(user_pb2_grpc.UserServiceServicer):
         return convert.account_to_proto(await self._accounts.get(request.user_id))
 
     async def ReserveQuota(self, request: pb.ReserveQuotaRequest, _: object) -> pb.Reservation:
-        return convert.reservation_to_proto(
-            await self._quotas.reserve(
-                request.reservation_id,
-                request.user_id,
-                convert.kind_from(request.kind),
-                request.amount,
-                self._clock.now(),
-            )
-        )
+        [reservation] = await self._reserved([request.reservation_id], request)
+        return reservation
+
+    async def ReserveQuotas(self, request: pb.ReserveQuotasRequest, _: object) -> pb.ReserveQuotasResponse:
+        return pb.ReserveQuotasResponse(reservations=await self._reserved(request.reservation_ids, request))
 
     async def SettleQuota(self, request: pb.SettleQuotaRequest, _: object) -> pb.Reservation:
         moved = await self._quotas.move(request.reservation_id, State.SETTLED, self._clock.now())
@@ -158,6 +155,13 @@ class UserService(user_pb2_grpc.UserServiceServicer):
     async def ReleaseQuota(self, request: pb.ReleaseQuotaRequest, _: object) -> pb.ReleaseQuotaResponse:
         await self._quotas.move(request.reservation_id, State.RELEASED, self._clock.now())
         return pb.ReleaseQuotaResponse()
+
+    async def _reserved(
+        self, reservation_ids: Sequence[str], request: pb.ReserveQuotaRequest | pb.ReserveQuotasRequest
+    ) -> list[pb.Reservation]:
+        kind, now = convert.kind_from(request.kind), self._clock.now()
+        reservations = await self._quotas.reserve(reservation_ids, request.user_id, kind, request.amount, now)
+        return [convert.reservation_to_proto(each) for each in reservations]
 
     async def _user(self, account: Account) -> pb.User:
         now = self._clock.now()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Row, delete, func, insert, select, union_all, update
+from sqlalchemy import ColumnElement, Row, delete, func, insert, select, union_all, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -125,10 +125,12 @@ class SqlAccounts:
             await connection.execute(delete(ended_generation).where(ended_generation.c.generation_id == generation_id))
 
     async def forget(self, fence: int) -> None:
-        async with self._database.transaction() as connection:
-            await lock.require(connection, lock_table, FORGET, fence)
-            await idempotency.forget(connection, idempotency_table)
-            await inbox.forget(connection, inbox_table, REDELIVERED_WITHIN)
+        more = True
+        while more:
+            async with self._database.transaction() as connection:
+                await lock.require(connection, lock_table, FORGET, fence)
+                keys = await idempotency.forget(connection, idempotency_table)
+                more = await inbox.forget(connection, inbox_table, REDELIVERED_WITHIN) or keys
 
 
 class SqlQuotas:
@@ -141,22 +143,32 @@ class SqlQuotas:
         async with self._database.reading() as connection:
             return {kind: await _usage(connection, user_id, kind, period(kind, now)) for kind in Kind}
 
-    async def reserve(self, reservation_id: str, user_id: str, kind: Kind, amount: int, now: datetime) -> Reservation:
+    async def reserve(
+        self, reservation_ids: Sequence[str], user_id: str, kind: Kind, amount: int, now: datetime
+    ) -> list[Reservation]:
         async with self._database.transaction() as connection:
             # The lock makes an account's reservations wait for each other, so that looking before writing is safe.
             account = await _account(connection, user_id, lock=True)
-            standing = await _reservation(connection, reservation_id)
-            if standing is not None and standing.state is State.HELD:
+            standing = await _reservations(connection, reservation_ids)
+            kept = {each: of for each, of in standing.items() if of.state is not State.RELEASED}
+            if held := [each for each, of in kept.items() if of.state is State.HELD]:
                 # Whoever repeats the call is about to commit what it is for: upkeep waits anew.
-                await _write(connection, standing, now, anew=False)
-            if standing is not None and standing.state is not State.RELEASED:
-                return standing
-            held = Reservation(reservation_id, user_id, kind, period(kind, now), amount)
-            if not await _set_aside(connection, held, account.limit(kind)):
-                raise exceeded(account, kind, await _usage(connection, user_id, kind, held.period), amount, now)
-            await _write(connection, held, now, anew=standing is None)
-            await _enter(connection, held, used=0, reserved=amount, now=now)
-            return held
+                await connection.execute(update(reservation).where(_among(held)).values(update_time=now))
+            fresh = [
+                Reservation(each, user_id, kind, period(kind, now), amount)
+                for each in dict.fromkeys(reservation_ids)
+                if each not in kept
+            ]
+            if fresh:
+                total = amount * len(fresh)
+                if not await _set_aside(connection, fresh[0], total, account.limit(kind)):
+                    raise exceeded(account, kind, await _usage(connection, user_id, kind, fresh[0].period), total, now)
+                if released := standing.keys() - kept.keys():
+                    await connection.execute(delete(reservation).where(_among(released)))
+                await connection.execute(insert(reservation), [_reservation_columns(each, now) for each in fresh])
+                await connection.execute(insert(ledger), [_entry(each, 0, amount, now) for each in fresh])
+            present = kept | {each.reservation_id: each for each in fresh}
+            return [present[each] for each in reservation_ids]
 
     async def move(self, reservation_id: str, target: State, now: datetime) -> Reservation | None:
         async with self._database.transaction() as connection:
@@ -221,7 +233,12 @@ async def _reservation(connection: AsyncConnection, reservation_id: str) -> Rese
     row = (await connection.execute(found)).one_or_none()
     if row is None:
         return None
-    return Reservation(row.reservation_id, row.user_id, Kind(row.kind), row.period, row.amount, State(row.state))
+    return _from_reservation_row(row)
+
+
+async def _reservations(connection: AsyncConnection, reservation_ids: Sequence[str]) -> dict[str, Reservation]:
+    found = select(reservation).where(_among(reservation_ids)).with_for_update()
+    return {row.reservation_id: _from_reservation_row(row) for row in await connection.execute(found)}
 
 
 async def _usage(connection: AsyncConnection, user_id: str, kind: Kind, period: str) -> Usage:
@@ -229,16 +246,14 @@ async def _usage(connection: AsyncConnection, user_id: str, kind: Kind, period: 
     return Usage() if row is None else Usage(row.used, row.reserved)
 
 
-async def _set_aside(connection: AsyncConnection, held: Reservation, limit: int) -> bool:
+async def _set_aside(connection: AsyncConnection, held: Reservation, total: int, limit: int) -> bool:
     """Add to what is reserved if it fits; one statement looks and adds."""
     zero = {"user_id": held.user_id, "kind": held.kind, "period": held.period, "used": 0, "reserved": 0}
     await insert_if_absent(connection, counter, zero)
     added = await connection.execute(
         update(counter)
-        .where(
-            *_counted(held.user_id, held.kind, held.period), counter.c.used + counter.c.reserved + held.amount <= limit
-        )
-        .values(reserved=counter.c.reserved + held.amount)
+        .where(*_counted(held.user_id, held.kind, held.period), counter.c.used + counter.c.reserved + total <= limit)
+        .values(reserved=counter.c.reserved + total)
     )
     return added.rowcount == 1
 
@@ -249,46 +264,49 @@ async def _move(connection: AsyncConnection, reservation_id: str, target: State,
     if present is None or move is None:
         return present
     after = replace(present, state=move.state)
-    await _write(connection, after, now, anew=False)
+    where = reservation.c.reservation_id == after.reservation_id
+    await connection.execute(update(reservation).where(where).values(_reservation_columns(after, now)))
     if move.used or move.reserved:
         await connection.execute(
             update(counter)
             .where(*_counted(after.user_id, after.kind, after.period))
             .values(used=counter.c.used + move.used, reserved=counter.c.reserved + move.reserved)
         )
-        await _enter(connection, after, used=move.used, reserved=move.reserved, now=now)
+        await connection.execute(insert(ledger).values(_entry(after, move.used, move.reserved, now)))
     return after
 
 
-async def _write(connection: AsyncConnection, after: Reservation, now: datetime, *, anew: bool) -> None:
-    values = {
-        "reservation_id": after.reservation_id,
-        "user_id": after.user_id,
-        "kind": after.kind,
-        "period": after.period,
-        "amount": after.amount,
-        "state": after.state,
+def _from_reservation_row(row: Row[Any]) -> Reservation:
+    return Reservation(row.reservation_id, row.user_id, Kind(row.kind), row.period, row.amount, State(row.state))
+
+
+def _reservation_columns(of: Reservation, now: datetime) -> dict[str, Any]:
+    return {
+        "reservation_id": of.reservation_id,
+        "user_id": of.user_id,
+        "kind": of.kind,
+        "period": of.period,
+        "amount": of.amount,
+        "state": of.state,
         "update_time": now,
     }
-    if anew:
-        await connection.execute(insert(reservation).values(values))
-    else:
-        where = reservation.c.reservation_id == after.reservation_id
-        await connection.execute(update(reservation).where(where).values(values))
 
 
-async def _enter(connection: AsyncConnection, of: Reservation, *, used: int, reserved: int, now: datetime) -> None:
-    await connection.execute(
-        insert(ledger).values(
-            user_id=of.user_id,
-            kind=of.kind,
-            period=of.period,
-            reservation_id=of.reservation_id,
-            used=used,
-            reserved=reserved,
-            create_time=now,
-        )
-    )
+def _entry(of: Reservation, used: int, reserved: int, now: datetime) -> dict[str, Any]:
+    """Return the ledger's row for a change of a counter."""
+    return {
+        "user_id": of.user_id,
+        "kind": of.kind,
+        "period": of.period,
+        "reservation_id": of.reservation_id,
+        "used": used,
+        "reserved": reserved,
+        "create_time": now,
+    }
+
+
+def _among(reservation_ids: Iterable[str]) -> ColumnElement[bool]:
+    return reservation.c.reservation_id.in_(reservation_ids)
 
 
 def _counted(user_id: str, kind: Kind, period: str) -> tuple[Any, ...]:

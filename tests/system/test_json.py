@@ -42,6 +42,7 @@ async def test_a_task(person: Person) -> None:
         "operation": {"resize": {"width": 32, "fit": "FIT_UNSPECIFIED", "format": "FORMAT_UNSPECIFIED"}},
         "createTime": "<time>",
         "updateTime": "<time>",
+        "batchId": "",
     }
     assert queued == {
         **common,

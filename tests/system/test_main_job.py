@@ -112,6 +112,26 @@ async def test_the_main_job_by_the_command(mesh: Mesh, tmp_path: Path) -> None:
     assert [task["state"] for task in listed["tasks"]] == ["STATE_SUCCEEDED"]
 
 
+async def test_a_batch_by_json_and_long_polls(mesh: Mesh, person: Person) -> None:
+    file = await upload(person, photograph())
+    items = [{"inputFileId": file["fileId"], "operation": {"resize": {"width": width}}} for width in (16, 32, 64)]
+
+    # The whole URL: httpx takes what stands before a colon for a scheme.
+    url = f"{mesh.url}/api/v1/tasks:batch"
+    created = await person.http.post(url, json={"items": items, "deadlineDuration": "600s"})
+    batch = created.json()
+    assert created.status_code == 200, created.text
+    tasks = (await person.http.get("tasks", params={"batchId": batch["batchId"]})).json()["tasks"]
+    ended = [(await person.http.get(f"tasks/{task['taskId']}", params={"wait": "30s"})).json() for task in tasks]
+
+    assert (batch["taskCount"], batch["stateCounts"]["queued"]) == (3, 3)
+    assert [task["state"] for task in ended] == ["STATE_SUCCEEDED"] * 3
+    whole = (await person.http.get(f"task-batches/{batch['batchId']}")).json()
+    assert (whole["fraction"], whole["stateCounts"]["succeeded"]) == (1, 3)
+    quota = (await person.http.get("users/me/quota")).json()
+    assert int(quota["tasks"]["used"]) + int(quota["tasks"]["reserved"]) == 3
+
+
 async def test_a_success_is_charged_and_nothing_stays_reserved(person: Person) -> None:
     file = await upload(person, photograph())
     created = await person.http.post(

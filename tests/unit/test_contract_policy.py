@@ -13,6 +13,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, duration_pb2
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from mesh import contract
+from mesh.bounds import DURATION
 from mesh.contract import Contract, Method
 from scripts.local import layout
 
@@ -202,8 +203,9 @@ def _unchecked(field: FieldDescriptor) -> Iterator[str]:
         yield "a map is not looked into"
     if field.enum_type is not None and field.is_repeated:
         yield "unknown numbers in a repeated enum are not noticed"
-    if (bounds.HasField("min") or bounds.HasField("max")) and (field.cpp_type not in NUMBERS or field.is_repeated):
-        yield "min and max are for a number"
+    is_number = field.cpp_type in NUMBERS or (field.message_type and field.message_type.full_name == DURATION)
+    if (bounds.HasField("min") or bounds.HasField("max")) and (not is_number or field.is_repeated):
+        yield "min and max are for a number or a duration"
     if (bounds.HasField("min_length") or bounds.HasField("max_length")) and not has_length:
         yield "this has no length"
     if bounds.pattern and (not is_text or field.is_repeated):

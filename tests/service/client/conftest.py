@@ -85,6 +85,7 @@ class Installation(
     files: dict[str, tuple[storage_pb2.File, bytes]] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     request_ids: dict[str, str] = field(default_factory=dict)
+    deadlines: dict[str, int] = field(default_factory=dict)
     held: bool = False
     """Tasks run until they are cancelled."""
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -172,6 +173,7 @@ class Installation(
             instance_id="task-1", address="127.0.0.1:9000", version="0.1.0", check_output="connection refused",
             health=topology_pb2.Instance.HEALTH_CRITICAL, agent="here", process="7",
             settings='{"attempts": 3, "log_level": "INFO"}', settings_refusal="attempts: too many",
+            degradation="No worker serves the pool cpu; tasks wait.",
         )  # fmt: skip
         held = topology_pb2.Resource(name="task", acknowledged_version="v1", present_version="v2")
         followed = topology_pb2.Subscription(type="ClusterLoadAssignment", acknowledged_version="a", resources=[held])
@@ -201,11 +203,51 @@ class Installation(
         if self.full:
             await refuse(context, Full("No tasks left this month.", metadata={"metric": "tasks"}))
         task_id = self.request_ids.setdefault(request.request_id, f"tsk_{len(self.tasks) + 1}")
+        self.deadlines[task_id] = request.deadline_duration.seconds
         task = Task(
             task_id=task_id, state=Task.STATE_QUEUED, input_file_id=request.input_file_id,
             operation=request.operation, progress={"stage": "queued"},
         )  # fmt: skip
         return self.tasks.setdefault(task_id, task)
+
+    async def CreateTaskBatch(self, request, context):
+        await self.require_token(context)
+        for item in request.items:
+            task_id = f"tsk_{len(self.tasks) + 1}"
+            self.tasks[task_id] = Task(
+                task_id=task_id, state=Task.STATE_RUNNING, input_file_id=item.input_file_id,
+                operation=item.operation, progress={"stage": "process", "fraction": 0.5}, batch_id="bat_1",
+            )  # fmt: skip
+        return self.batch()
+
+    async def GetTaskBatch(self, request, context):
+        await self.require_token(context)
+        before = self.batch()
+        running = [task for task in self.tasks.values() if task.state == Task.STATE_RUNNING]
+        if running and not self.held:  # one ends with each look; of several that fail it is the last
+            task = running[0]
+            if self.failing and len(running) == 1:
+                task.state = Task.STATE_FAILED
+                task.error.message, task.error.reason = "The image is damaged.", "INPUT_DAMAGED"
+            else:
+                task.state = Task.STATE_SUCCEEDED
+                task.output_file_ids.append(self.keep("result.webp", "image/webp", RESULT).file_id)
+        return before
+
+    async def CancelTaskBatch(self, request, context):
+        await self.require_token(context)
+        for task in self.tasks.values():
+            if task.state == Task.STATE_RUNNING:
+                task.state = Task.STATE_CANCELLED
+        return self.batch()
+
+    def batch(self) -> task_pb2.TaskBatch:
+        states = [task.state for task in self.tasks.values() if task.batch_id]
+        counts = {Task.State.Name(state).removeprefix("STATE_").lower(): states.count(state) for state in set(states)}
+        ended = len(states) - counts.get("running", 0)
+        return task_pb2.TaskBatch(
+            batch_id="bat_1", task_count=len(states), state_counts=counts, fraction=ended / len(states)
+        )
 
     async def GetTask(self, request, context):
         await self.require_token(context)
@@ -216,6 +258,7 @@ class Installation(
     async def ListTasks(self, request, context):
         await self.require_token(context)
         found = [task for task in reversed(self.tasks.values()) if request.state in (0, task.state)]
+        found = [task for task in found if request.batch_id in ("", task.batch_id)]
         start = int(request.page_token or 0)
         page = found[start : start + 2]  # small, so that listing has to turn pages
         token = str(start + 2) if start + 2 < len(found) else ""
@@ -256,6 +299,20 @@ class Installation(
     async def RetryTask(self, request, context):
         self.tasks[request.task_id].state = Task.STATE_QUEUED
         return self.tasks[request.task_id]
+
+    async def ListDeadLetters(self, request, context):
+        await self.require_token(context)
+        dead = {"task_id": "tsk_9", "user_id": "usr_ada", "error": {"reason": request.reason or "WORKER_LOST"}}
+        return task_pb2.ListDeadLettersResponse(dead_letters=[{**dead, "attempts": 3}])
+
+    async def RedriveTasks(self, request, context):
+        await self.require_token(context)
+        if request.task_ids:
+            refusal = {"task_id": request.task_ids[0], "reason": "QUOTA_EXCEEDED", "message": "All used."}
+            return task_pb2.RedriveTasksResponse(refusals=[refusal], task_ids=request.task_ids[1:])
+        page = int(request.page_token or 0)
+        more = str(page + 1) if page < 2 else ""
+        return task_pb2.RedriveTasksResponse(task_ids=[f"tsk_{page}"], next_page_token=more)
 
     # Files
 

@@ -45,6 +45,103 @@ async def test_the_main_job_is_two_commands(person: Person, installation: Instal
     assert (resize.width, resize.format) == (800, FORMAT_WEBP)
 
 
+async def test_a_run_may_have_a_deadline(person: Person, installation: Installation) -> None:
+    photo(person)
+    await person.registers()
+
+    await person.types("run", "resize", "photo.jpg", "--width", "8", "--deadline", "90", "-o", "small.webp")
+
+    assert installation.deadlines == {"tsk_1": 90}
+
+
+def photos(person: Person) -> list[str]:
+    (person.folder / "results").mkdir()
+    for name in ("a.jpg", "b.png"):
+        (person.folder / name).write_bytes(b"\xff\xd8 photo")
+    return ["a.jpg", "b.png"]
+
+
+async def test_several_files_are_one_batch_and_their_results_go_to_a_folder(
+    person: Person, installation: Installation
+) -> None:
+    sources = photos(person)
+    await person.registers()
+
+    code, out, err = await person.types("run", "resize", *sources, "--width", "8", "-o", "results")
+
+    assert code == 0, err
+    assert out.decode() == f"results/a.webp: {len(RESULT)} B\nresults/b.webp: {len(RESULT)} B\n"
+    assert {path.name for path in (person.folder / "results").iterdir()} == {"a.webp", "b.webp"}
+    assert {"sending a.jpg", "sending b.png", "0 of 2 done", "2 of 2 done"} <= {*err.splitlines()}
+    assert {task.batch_id for task in installation.tasks.values()} == {"bat_1"}
+
+
+async def test_of_several_files_what_failed_is_told_and_the_rest_is_there(
+    person: Person, installation: Installation
+) -> None:
+    sources = photos(person)
+    installation.failing = True
+    await person.registers()
+
+    code, out, err = await person.types("run", "resize", *sources, "--width", "8", "-o", "results", "--json")
+
+    answer = json.loads(out)
+    assert (code, [each["output"] for each in answer["done"]]) == (1, ["results/a.webp"])
+    assert [task["error"]["reason"] for task in answer["failed"]] == ["INPUT_DAMAGED"]
+    assert json.loads(err)["details"][0]["reason"] == "TASKS_NOT_DONE"
+
+
+async def test_an_interrupted_batch_is_cancelled(person: Person, installation: Installation) -> None:
+    sources = photos(person)
+    installation.held = True
+    await person.registers()
+    process = await person.start("run", "resize", *sources, "--width", "8", "-o", "results")
+    await eventually(lambda: len(installation.tasks) == 2)
+
+    person.interrupt(process)
+    _, err = await process.communicate()
+
+    assert process.returncode == 130, err
+    assert {task.state for task in installation.tasks.values()} == {Task.STATE_CANCELLED}
+
+
+async def test_a_detached_batch_is_followed_listed_and_cancelled_by_its_id(
+    person: Person, installation: Installation
+) -> None:
+    sources = photos(person)
+    await person.registers()
+
+    code, out, _ = await person.types("run", "resize", *sources, "--width", "8", "--detach")
+    cancelled, text, _ = await person.types("tasks", "cancel", "bat_1")
+    watched, _, _ = await person.types("tasks", "watch", "bat_1")
+    _, listed, _ = await person.types("tasks", "--batch", "bat_1", "--json")
+
+    assert (code, out.decode().splitlines()) == (0, ["bat_1", "Follow it with: atelier tasks watch bat_1"])
+    assert (cancelled, text.decode().splitlines()[0], watched) == (0, "bat_1: 2 cancelled", 0)
+    assert len(json.loads(listed)["tasks"]) == 2
+
+
+async def test_several_files_need_a_folder_and_names_of_their_own(person: Person, installation: Installation) -> None:
+    sources = photos(person)
+    (person.folder / "a.png").write_bytes(b"photo")
+    await person.registers()
+
+    answers = [
+        await person.types("run", "resize", *sources, "--width", "8", "-o", "small.webp"),
+        await person.types("run", "resize", *sources, "--width", "8"),
+        await person.types("run", "resize", "a.jpg", "a.png", "--width", "8", "-o", "results"),
+    ]
+
+    nothing = dict(installation.files)
+    same = [installation.keep("photo.jpg", "image/jpeg", b"1").file_id for _ in range(2)]
+    answers.append(await person.types("run", "resize", *same, "--width", "8", "-o", "results"))
+
+    assert ([code for code, _, _ in answers], nothing, installation.tasks) == ([2, 2, 2, 2], {}, {})
+    words = ("is not a folder", "-o FOLDER", "one name: a", "one name: photo")
+    for (_, _, err), complaint in zip(answers, words, strict=True):
+        assert complaint in err
+
+
 async def test_on_a_terminal_the_bar_goes_and_the_answer_stays(person: Person) -> None:
     photo(person)
     await person.registers()
@@ -234,6 +331,7 @@ async def test_the_mesh_is_shown_to_people_and_to_programs(person: Person) -> No
     assert "critical" in status.decode()
     (calls,) = [line.split() for line in status.decode().splitlines() if "task (1)" in line]
     assert calls == ["user", "task", "(1)", "auth"]
+    assert "Degraded: task-1. No worker serves" in status.decode()
     assert "A fault is injected into task" in status.decode()
     assert "control-2" in status.decode()
     (endpoint,) = [line.split() for line in why.decode().splitlines() if line.startswith("task-1")]
@@ -247,6 +345,20 @@ async def test_the_mesh_is_shown_to_people_and_to_programs(person: Person) -> No
     assert instance["settings"] == {"attempts": 3, "log_level": "INFO"}
     assert instance["refusal"] == "attempts: too many"
     assert (unknown, "SERVICE_UNKNOWN" in complaint) == (1, True)
+
+
+async def test_dead_letters_are_listed_and_redriven(person: Person) -> None:
+    await person.registers()
+
+    _, listed, _ = await person.types("tasks", "dead-letters", "--reason", "STORAGE_AWAY")
+    by_reason, all_, _ = await person.types("tasks", "redrive", "--reason", "WORKER_LOST", "--json")
+    by_id, told, _ = await person.types("tasks", "redrive", "tsk_8", "tsk_9")
+    neither, _, _ = await person.types("tasks", "redrive")
+
+    assert listed.decode().splitlines()[1].split()[:4] == ["tsk_9", "usr_ada", "STORAGE_AWAY", "3"]
+    assert (by_reason, json.loads(all_)["taskIds"]) == (0, ["tsk_0", "tsk_1", "tsk_2"])
+    assert (by_id, told.decode().splitlines()) == (1, ["1 queued again.", "tsk_8: All used. (QUOTA_EXCEEDED)"])
+    assert neither == 2
 
 
 async def test_logging_out_forgets_the_session(person: Person, installation: Installation) -> None:

@@ -75,6 +75,7 @@ class StubTasks(task_pb2_grpc.TaskServiceServicer):
     def __init__(self) -> None:
         self.metadata: dict[str, str] = {}
         self.calls = 0
+        self.waits: list[float] = []
         self.continued = asyncio.Event()
 
     def _note(self, context) -> None:
@@ -83,6 +84,7 @@ class StubTasks(task_pb2_grpc.TaskServiceServicer):
 
     async def GetTask(self, request, context):
         self._note(context)
+        self.waits.append(request.wait.ToTimedelta().total_seconds())
         if request.task_id == "tsk_slow":
             await asyncio.sleep(30)
         if request.task_id == "tsk_missing":

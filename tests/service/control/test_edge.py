@@ -63,6 +63,19 @@ async def test_a_call_is_answered_in_json_with_zero_values_and_enum_names(at_edg
     assert (body["attempt"], body["outputFileIds"]) == (0, [])
 
 
+@pytest.mark.parametrize(("wait", "seconds"), [("20s", 20), ("0.5s", 0.5)])
+async def test_a_duration_may_stand_in_the_query(at_edge: Edge, wait: str, seconds: float) -> None:
+    answer = await at_edge.client.get(TASK, params={"wait": wait}, headers=at_edge.keys.bearer())
+
+    assert (answer.status_code, at_edge.tasks.waits[-1]) == (200, seconds), answer.text
+
+
+async def test_a_duration_that_is_none_is_refused(at_edge: Edge) -> None:
+    answer = await at_edge.client.get(TASK, params={"wait": "soon"}, headers=at_edge.keys.bearer())
+
+    assert answer.status_code == 400
+
+
 async def test_the_service_learns_of_the_token_and_the_caller_and_nothing_forged(at_edge: Edge) -> None:
     forged = {
         "x-atelier-caller": "task", "x-atelier-capability": "forged", "x-envoy-original-path": "/forged",

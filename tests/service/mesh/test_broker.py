@@ -110,6 +110,19 @@ async def test_a_message_that_no_queue_takes_is_an_error(opened: Broker, queue: 
     assert refusal.value.metadata == {"routing_key": queue}
 
 
+async def test_the_consumers_of_a_queue_are_counted(opened: Broker, queue: str) -> None:
+    nobody = await opened.consumers(queue)
+
+    async def served(by: int) -> bool:
+        return await opened.consumers(queue) == by
+
+    async with background(opened.consume(queue, Recorder())), background(opened.consume(queue, Recorder())):
+        await eventually(lambda: served(2), within_seconds=15)
+    await eventually(lambda: served(0), within_seconds=15)
+
+    assert nobody == 0
+
+
 async def test_a_message_that_cannot_be_handled_is_set_aside_and_the_next_goes_on(opened: Broker, queue: str) -> None:
     recorder, tries = Recorder(), 0
 

@@ -323,6 +323,20 @@ async def test_processes_that_open_a_new_database_at_once_all_do(tmp_path: Path)
     assert complaints == ["", "", ""]
 
 
+async def test_old_rows_are_deleted_some_at_a_time(opened: Database) -> None:
+    async with opened.transaction() as connection:
+        await connection.execute(insert(pair), [{"id": number, "left": number % 2} for number in range(10)])
+
+    more = []
+    for _ in range(3):
+        async with opened.transaction() as connection:
+            more.append(await database.delete_some(connection, pair, pair.c.left == 1, at_most=2))
+
+    async with opened.reading() as connection:
+        left = list(await connection.scalars(select(pair.c.id)))
+    assert (more, left) == ([True, True, False], [0, 2, 4, 6, 8])
+
+
 async def test_a_lock_holds_off_others_of_its_name_until_the_transaction_ends(opened: Database) -> None:
     order = []
 

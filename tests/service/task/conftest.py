@@ -17,14 +17,15 @@ from atelier.task.v1 import task_pb2 as pb
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub, add_TaskServiceServicer_to_server
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 
-from mesh import database
-from mesh.errors import MeshError, NotFound, ResourceExhausted
+from mesh import database, lock, wire
+from mesh.errors import MeshError, NotFound, ResourceExhausted, Unavailable
 from mesh.outbox import Message
 from services.task import convert
-from services.task.domain import Terms
+from services.task.domain import FORGET, Terms
 from services.task.handlers import TaskService
 from services.task.repository import SqlTasks
-from services.task.tables import outbox_table
+from services.task.tables import lock_table, outbox_table
+from services.task.upkeep import Upkeep
 from services.task.watch import Watches
 from tests.databases import NewDatabase
 from tests.eventually import eventually
@@ -69,14 +70,14 @@ class Users(user_pb2_grpc.UserServiceServicer):
         self.failure: Exception | None = None
         self.takes: Callable[[], None] = lambda: None
 
-    async def ReserveQuota(self, request, _):
-        if len(self.reserved | {request.reservation_id}) > self.limit:
+    async def ReserveQuotas(self, request, _):
+        if len(self.reserved | {*request.reservation_ids}) > self.limit:
             raise QuotaExceeded("All used.", metadata={"metric": "tasks", "limit": str(self.limit)})
-        self.reserved.add(request.reservation_id)
+        self.reserved |= {*request.reservation_ids}
         self.takes()
         if self.failure:  # after it took effect: the answer is what was lost
             raise self.failure
-        return user_pb2.Reservation(reservation_id=request.reservation_id, state=user_pb2.Reservation.STATE_HELD)
+        return user_pb2.ReserveQuotasResponse()
 
 
 class Bus:
@@ -84,6 +85,7 @@ class Bus:
 
     def __init__(self) -> None:
         self.away = False
+        self.workers = 1
         self.waiting: list[Message] = []
         self._listeners: list[asyncio.Queue[bytes]] = []
 
@@ -99,6 +101,11 @@ class Bus:
 
     async def depth(self, queue: str) -> int:
         return sum(message.routing_key == queue for message in self.waiting)
+
+    async def consumers(self, _queue: str) -> int:
+        if self.away:
+            raise Unavailable("away")
+        return self.workers
 
     async def publish(self, message: Message) -> None:
         self.waiting.append(message)
@@ -132,6 +139,16 @@ class Interrupted(SqlTasks):
         self._reach("after the commit")
         return task
 
+    async def add_batch(self, batch_id: str, created: Callable[[datetime], Any]) -> Any:
+        self._reach("before the transaction")
+
+        def interrupted(now: datetime) -> Any:
+            changes = created(now)
+            self._reach("inside the transaction")
+            return changes
+
+        return await super().add_batch(batch_id, interrupted)
+
 
 @dataclass
 class Replica:
@@ -139,8 +156,12 @@ class Replica:
 
     server: Server
     tasks: Interrupted
+    watches: Watches
     database: database.Database
     clock: HeldClock
+    upkeep: Upkeep
+    uptime: list[float]
+    """Seconds that upkeep believes to have passed, held by the test."""
 
     def user(self, user_id: str = OWNER, **metadata: str) -> Any:
         return TaskServiceStub(
@@ -176,6 +197,11 @@ class Replica:
         request = pb.FailTaskRequest(task_id=task.task_id, attempt=task.attempt, error=error, **how)
         return (await self.worker.FailTask(request)).state
 
+    async def fence(self) -> int:
+        """Have this replica keep house; those before are refused from now on."""
+        async with self.database.transaction() as connection:
+            return await lock.draw(connection, lock_table, FORGET)
+
     async def sent(self) -> list[Message]:
         """Return what is in the outbox."""
         async with self.database.reading() as connection:
@@ -186,9 +212,14 @@ class Replica:
 Start = Callable[..., Awaitable[Replica]]
 
 
-def resize(*, file_id: str = PHOTO, width: int = 800, request_id: str = "") -> pb.CreateTaskRequest:
+def resize(
+    *, file_id: str = PHOTO, width: int = 800, request_id: str = "", deadline: timedelta | None = None
+) -> pb.CreateTaskRequest:
     operation = media_pb2.Operation(resize=media_pb2.Resize(width=width))
-    return pb.CreateTaskRequest(input_file_id=file_id, operation=operation, request_id=request_id)
+    limit = None if deadline is None else wire.duration(deadline)
+    return pb.CreateTaskRequest(
+        input_file_id=file_id, operation=operation, request_id=request_id, deadline_duration=limit
+    )
 
 
 async def refused(call: Awaitable[Any]) -> MeshError:
@@ -242,7 +273,8 @@ def _replica(
                 partial(user_pb2_grpc.add_UserServiceServicer_to_server, users),
             ) as peers,
         ):
-            clock, tasks = HeldClock(), Interrupted(sql, convert.message_of)
+            clock, tasks, uptime = HeldClock(), Interrupted(sql, convert.message_of), [0.0]
+            upkeep = Upkeep(tasks, bus, lambda: terms, monotonic=lambda: uptime[0])
             watches = Watches(tasks, clock, idle_seconds=idle_seconds)
             tasks.after_commit(watches.changed)
             peer = peers.channel(caller="task")
@@ -253,11 +285,12 @@ def _replica(
                 user_pb2_grpc.UserServiceStub(peer),
                 capability_key=KEY,
                 terms=lambda: terms,
+                is_unserved=upkeep.is_unserved,
                 clock=clock,
             )
             work = [asyncio.create_task(each()) for each in watches.work(bus)]
             async with serving(partial(add_TaskServiceServicer_to_server, servicer)) as server:
-                yield Replica(server, tasks, sql, clock)
+                yield Replica(server, tasks, watches, sql, clock, upkeep, uptime)
             for each in work:
                 each.cancel()
             await asyncio.gather(*work, return_exceptions=True)

@@ -95,6 +95,11 @@ class Home:
             user_pb2.ReserveQuotaRequest(reservation_id=reservation_id, user_id=user_id, kind=kind, amount=amount)
         )
 
+    async def reserve_all(self, user_id: str, reservation_ids: list[str], caller: str = "task"):
+        kind = user_pb2.ReserveQuotaRequest.KIND_TASKS
+        request = user_pb2.ReserveQuotasRequest(reservation_ids=reservation_ids, user_id=user_id, kind=kind, amount=1)
+        return (await self.stub(caller=caller).ReserveQuotas(request)).reservations
+
     async def quota(self, user_id: str) -> user_pb2.Quota:
         return await self.stub(user_id).GetQuota(user_pb2.GetQuotaRequest(user_id="me"))
 

@@ -45,7 +45,7 @@ async def test_of_a_thousand_parallel_calls_the_limit_s_hundred_pass(home):
     async def attempt(number):
         while True:
             try:
-                await home.quotas.reserve(f"tsk_{number}/1", ada.user_id, Kind.TASKS, 1, home.clock.now())
+                await home.quotas.reserve([f"tsk_{number}/1"], ada.user_id, Kind.TASKS, 1, home.clock.now())
             except Unavailable:
                 continue  # a machine that takes longer over a thousand than one may wait for its turn
             except ResourceExhausted as refusal:
@@ -315,6 +315,52 @@ async def test_nobody_is_asked_about_stored_bytes(home):
     await look_after(home, 3600)
 
     assert counts((await home.quota(ada.user_id)).storage_bytes) == (0, 500)
+
+
+async def test_many_reservations_are_made_all_or_none(home):
+    ada = await home.registered()
+    await limited(home, ada, tasks=5)
+    await home.reserve(ada.user_id, "tsk_0/1", 3)
+
+    with pytest.raises(ResourceExhausted) as refusal:
+        await home.reserve_all(ada.user_id, ["tsk_1/1", "tsk_2/1", "tsk_3/1"])
+    nothing = counts((await home.quota(ada.user_id)).tasks)
+    made = await home.reserve_all(ada.user_id, ["tsk_1/1", "tsk_2/1"])
+
+    assert (refusal.value.reason, refusal.value.metadata["requested"]) == ("QUOTA_EXCEEDED", "3")
+    assert nothing == (0, 3)
+    assert [(each.reservation_id, each.state) for each in made] == [("tsk_1/1", HELD), ("tsk_2/1", HELD)]
+    assert counts((await home.quota(ada.user_id)).tasks) == (0, 5)
+
+
+async def test_of_many_reservations_each_is_settled_by_itself(home):
+    ada = await home.registered()
+    await home.reserve_all(ada.user_id, ["tsk_1/1", "tsk_2/1", "tsk_3/1"])
+
+    await tell(home, events_pb2.TaskSucceeded, "tsk_1/1", "e1")
+    await tell(home, events_pb2.TaskFailed, "tsk_2/1", "e2")
+
+    assert counts((await home.quota(ada.user_id)).tasks) == (1, 1)
+
+
+async def test_repeating_many_reservations_counts_each_once_and_a_released_one_again(home):
+    ada = await home.registered()
+    names = ["tsk_1/1", "tsk_2/1", "tsk_3/1", "tsk_3/1"]
+    await home.reserve_all(ada.user_id, names)
+    await tell(home, events_pb2.TaskCreated, "tsk_1/1", "e1")
+    await release(home, "tsk_2/1", caller="task")
+
+    made = await asyncio.gather(*(home.reserve_all(ada.user_id, names) for _ in range(5)))
+
+    assert [each.state for each in made[-1]] == [BOUND, HELD, HELD, HELD]
+    assert counts((await home.quota(ada.user_id)).tasks) == (0, 3)
+
+
+async def test_only_the_task_service_reserves_many(home):
+    with pytest.raises(PermissionDenied) as refusal:
+        await home.reserve_all("usr_1", ["tsk_1/1"], caller="storage")
+
+    assert refusal.value.metadata["caller"] == "storage"
 
 
 @on_postgresql

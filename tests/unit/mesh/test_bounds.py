@@ -14,7 +14,7 @@ from mesh.errors import InvalidArgument
 
 FILE = """
 name: "tests/bounds.proto" package: "atelier.tests.v1" syntax: "proto3"
-dependency: "atelier/policy/v1/policy.proto"
+dependency: "atelier/policy/v1/policy.proto" dependency: "google/protobuf/duration.proto"
 message_type {
   name: "Sample"
   field { name: "page_title" number: 1 type: TYPE_STRING options { [atelier.policy.v1.bounds] { required: true } } }
@@ -38,6 +38,10 @@ message_type {
   field { name: "work" number: 13 type: TYPE_MESSAGE type_name: ".atelier.tests.v1.MainWork" }
   field { name: "small" number: 14 type: TYPE_MESSAGE type_name: ".atelier.tests.v1.Box" oneof_index: 0 }
   field { name: "child" number: 15 type: TYPE_MESSAGE type_name: ".atelier.tests.v1.Sample" }
+  field { name: "wait" number: 16 type: TYPE_MESSAGE type_name: ".google.protobuf.Duration"
+          options { [atelier.policy.v1.bounds] { min: 1 max: 30 } } }
+  field { name: "rows" number: 17 type: TYPE_MESSAGE type_name: ".atelier.tests.v1.Box" label: LABEL_REPEATED
+          options { [atelier.policy.v1.bounds] { max_length: 2 } } }
   oneof_decl { name: "choice" }
   oneof_decl { name: "_quality" }
 }
@@ -64,6 +68,11 @@ message_type {
   field { name: "main_box" number: 2 type: TYPE_MESSAGE type_name: ".atelier.tests.v1.Box"
           options { [atelier.policy.v1.bounds] { required: true } } }
   field { name: "how" number: 3 type: TYPE_ENUM type_name: ".atelier.tests.v1.Fit"
+          options { [atelier.policy.v1.bounds] { required: true } } }
+}
+message_type {
+  name: "Many"
+  field { name: "boxes" number: 1 type: TYPE_MESSAGE type_name: ".atelier.tests.v1.Box" label: LABEL_REPEATED
           options { [atelier.policy.v1.bounds] { required: true } } }
 }
 message_type {
@@ -115,6 +124,7 @@ def titled(**fields: object) -> Any:
         {"work": {"resize_to": {"width": 1}}}, {"work": {"mark_with": {}}},
         {"small": {"width": 3}},
         {"child": {"page_title": "y"}},
+        {"wait": {"seconds": 1}}, {"wait": {"seconds": 29, "nanos": 999_999_999}}, {"wait": {"seconds": 30}},
     ],
 )  # fmt: skip
 def test_what_keeps_its_bounds_passes(fields) -> None:
@@ -132,6 +142,9 @@ def test_what_keeps_its_bounds_passes(fields) -> None:
         ({"opacity": math.inf}, "opacity", "FIELD_OUT_OF_RANGE", {"value": "inf"}),
         ({"opacity": -math.inf}, "opacity", "FIELD_OUT_OF_RANGE", {"value": "-inf"}),
         ({"quality": 0}, "quality", "FIELD_OUT_OF_RANGE", {"value": "0", "min": "1", "max": "16384"}),
+        ({"rows": [{"width": 1}] * 3}, "rows", "FIELD_TOO_LONG", {"length": "3", "max": "2"}),
+        ({"wait": {}}, "wait", "FIELD_OUT_OF_RANGE", {"value": "0.0", "min": "1", "max": "30"}),
+        ({"wait": {"seconds": 30, "nanos": 1}}, "wait", "FIELD_OUT_OF_RANGE", {"max": "30"}),
         ({"note": "a"}, "note", "FIELD_TOO_SHORT", {"length": "1", "min": "2"}),
         ({"note": "abcde"}, "note", "FIELD_TOO_LONG", {"length": "5", "max": "4"}),
         ({"blob": b"12345"}, "blob", "FIELD_TOO_LONG", {"length": "5", "max": "4"}),
@@ -204,3 +217,9 @@ def test_references_to_files_are_found_anywhere_in_order() -> None:
 
 def test_a_message_without_references_has_none() -> None:
     assert bounds.file_references(Files(name="fil_1")) == []
+
+
+def test_a_list_of_messages_may_be_required() -> None:
+    error = refused(MESSAGES["Many"]())
+
+    assert (error.reason, error.metadata) == ("BOXES_REQUIRED", {"field": "boxes"})

@@ -48,6 +48,16 @@ def test_ids_sort_by_the_time_they_were_made() -> None:
     assert made == sorted(made)
 
 
+def test_a_parents_numbered_ids_are_ids_that_sort_by_their_numbers_and_are_nobody_elses() -> None:
+    parents = [ids.new("bat") for _ in range(100)]
+
+    made = [ids.numbered("tsk", parent, number) for parent in parents for number in (0, 1, 999, 4095)]
+
+    assert made[:4] == sorted(made[:4]) == [ids.numbered("tsk", parents[0], number) for number in (0, 1, 999, 4095)]
+    assert len({*made}) == 400
+    assert all(re.fullmatch(r"tsk_[0-9a-v]{26}", each) for each in made)
+
+
 def test_no_two_ids_are_the_same() -> None:
     assert len({ids.new("tsk") for _ in range(5000)}) == 5000
 

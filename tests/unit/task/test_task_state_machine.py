@@ -27,12 +27,20 @@ from services.task.domain import (
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 TERMS = Terms()
+MINUTE = timedelta(minutes=1)
 DAMAGED = Failure(3, "The image is damaged.", "INPUT_DAMAGED")
 
 
-def queued() -> Task:
+def queued(deadline: timedelta | None = None) -> Task:
     return domain.created(
-        NOW, task_id="tsk_1", user_id="usr_1", input_file_id="fil_1", file_ids=("fil_1", "fil_2"), operation=b"op"
+        NOW,
+        task_id="tsk_1",
+        user_id="usr_1",
+        role="ROLE_USER",
+        input_file_id="fil_1",
+        file_ids=("fil_1", "fil_2"),
+        operation=b"op",
+        deadline=deadline,
     ).task
 
 
@@ -59,7 +67,13 @@ def kinds(change: Change) -> list[type]:
 
 def test_a_new_task_waits_and_sends_its_event_and_a_permit():
     change = domain.created(
-        NOW, task_id="tsk_1", user_id="usr_1", input_file_id="fil_1", file_ids=("fil_1",), operation=b"op"
+        NOW,
+        task_id="tsk_1",
+        user_id="usr_1",
+        role="ROLE_USER",
+        input_file_id="fil_1",
+        file_ids=("fil_1",),
+        operation=b"op",
     )
 
     assert (change.task.state, change.task.attempt, change.task.sequence) == (State.QUEUED, 0, 1)
@@ -177,8 +191,17 @@ def test_the_third_failure_that_may_pass_ends_the_task():
         change = failed(transient=True, task=domain.claimed(task, NOW, terms=TERMS).task)
         task = change.task
 
-    assert (task.state, task.attempt) == (State.FAILED, 3)
+    assert (task.state, task.attempt, task.dead_time) == (State.FAILED, 3, NOW)
     assert kinds(change) == [TaskFailed]
+
+
+def test_only_what_used_up_its_attempts_is_a_dead_letter_until_it_is_queued_again():
+    last = replace(running(), failures=TERMS.attempts - 1)
+    lost = domain.lapsed(last, NOW + MINUTE, terms=TERMS, jitter=0.5).task
+
+    assert lost.dead_time == NOW + MINUTE
+    assert failed().task.dead_time is None
+    assert domain.retried(lost, NOW, round_=2, role="ROLE_USER").task.dead_time is None
 
 
 def test_a_returned_task_is_queued_at_once_and_the_attempt_does_not_count():
@@ -219,6 +242,34 @@ def test_a_task_that_loses_its_last_worker_fails():
     assert kinds(change) == [TaskFailed]
 
 
+LIMITED = queued(MINUTE)
+
+
+@pytest.mark.parametrize("task", [LIMITED, domain.claimed(LIMITED, NOW, terms=TERMS).task])
+def test_a_task_that_has_not_ended_by_its_deadline_fails(task: Task):
+    change = domain.overran(task, NOW + MINUTE + timedelta(microseconds=1))
+
+    assert (change.task.state, change.task.failure, change.reason) == (
+        State.FAILED,
+        domain.TOO_LATE,
+        "TASK_DEADLINE_EXCEEDED",
+    )
+    assert kinds(change) == [TaskFailed]
+
+
+@pytest.mark.parametrize(("task", "after"), [(LIMITED, MINUTE), (queued(), 99 * MINUTE), (succeeded(), 99 * MINUTE)])
+def test_a_task_that_ended_or_has_time_left_is_left_alone(task: Task, after: timedelta):
+    assert domain.overran(task, NOW + after) == Change(task)
+
+
+def test_a_retry_begins_its_time_anew():
+    late = domain.overran(LIMITED, NOW + 2 * MINUTE).task
+
+    again = domain.retried(late, NOW + 3 * MINUTE, round_=2, role="ROLE_USER").task
+
+    assert again.deadline_time == NOW + 4 * MINUTE
+
+
 @pytest.mark.parametrize("task", [queued(), running()])
 def test_a_task_that_has_not_ended_can_be_cancelled(task: Task):
     change = domain.cancelled(task, NOW)
@@ -241,7 +292,7 @@ def test_a_task_that_ended_otherwise_cannot_be_cancelled(task: Task):
 
 @pytest.mark.parametrize("task", [cancelled(), failed().task])
 def test_a_task_that_ended_badly_can_be_retried_with_fresh_attempts(task: Task):
-    change = domain.retried(task, NOW, round_=2)
+    change = domain.retried(task, NOW, round_=2, role="ROLE_USER")
 
     assert (change.task.state, change.task.failures, change.task.failure) == (State.QUEUED, 0, None)
     assert (change.task.reservation_id, change.task.attempt) == ("tsk_1/2", task.attempt)
@@ -251,21 +302,21 @@ def test_a_task_that_ended_badly_can_be_retried_with_fresh_attempts(task: Task):
 @pytest.mark.parametrize("task", [queued(), running(), succeeded()])
 def test_a_task_that_did_not_end_badly_cannot_be_retried(task: Task):
     with pytest.raises(TaskNotRetryable) as refusal:
-        domain.retried(task, NOW, round_=2)
+        domain.retried(task, NOW, round_=2, role="ROLE_USER")
 
     assert refusal.value.metadata["state"] == task.state
 
 
 def test_a_round_that_another_retry_has_used_is_refused():
-    again = domain.cancelled(domain.retried(cancelled(), NOW, round_=2).task, NOW).task
+    again = domain.cancelled(domain.retried(cancelled(), NOW, round_=2, role="ROLE_USER").task, NOW).task
 
     with pytest.raises(TaskNotRetryable):
-        domain.retried(again, NOW, round_=2)
+        domain.retried(again, NOW, round_=2, role="ROLE_USER")
 
 
 def test_a_history_is_replayed_state_by_state():
     steps = [Change(queued()), domain.claimed(queued(), NOW, terms=TERMS), failed()]
-    steps.append(domain.retried(steps[-1].task, NOW, round_=2))
+    steps.append(domain.retried(steps[-1].task, NOW, round_=2, role="ROLE_USER"))
     steps.append(domain.claimed(steps[-1].task, NOW, terms=TERMS))
     events = tuple(
         Event(s.task.sequence, s.task.state, s.task.attempt, s.reason, s.task.failure, s.task.update_time)

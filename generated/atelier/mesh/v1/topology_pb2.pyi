@@ -67,6 +67,7 @@ class Instance(_message.Message):
     ADMIN_ADDRESS_FIELD_NUMBER: _builtins.int
     SETTINGS_FIELD_NUMBER: _builtins.int
     SETTINGS_REFUSAL_FIELD_NUMBER: _builtins.int
+    DEGRADATION_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     """Its name in the registry, e.g. `task-1`."""
     address: _builtins.str
@@ -89,6 +90,8 @@ class Instance(_message.Message):
     """The settings in force that may change while it runs, a JSON object; empty when it has none."""
     settings_refusal: _builtins.str
     """Why the newest `config/<service>` was not taken; empty when it was."""
+    degradation: _builtins.str
+    """What works less well though it gets calls, e.g. that a pool has no worker; empty when all is well."""
     @_builtins.property
     def since_time(self) -> _timestamp_pb2.Timestamp:
         """Since when its health is so, as far as the answering control plane has seen."""
@@ -108,10 +111,11 @@ class Instance(_message.Message):
         admin_address: _builtins.str = ...,
         settings: _builtins.str = ...,
         settings_refusal: _builtins.str = ...,
+        degradation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["since_time", b"since_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "admin_address", b"admin_address", "agent", b"agent", "check_output", b"check_output", "health", b"health", "instance_id", b"instance_id", "process", b"process", "settings", b"settings", "settings_refusal", b"settings_refusal", "since_time", b"since_time", "version", b"version", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "admin_address", b"admin_address", "agent", b"agent", "check_output", b"check_output", "degradation", b"degradation", "health", b"health", "instance_id", b"instance_id", "process", b"process", "settings", b"settings", "settings_refusal", b"settings_refusal", "since_time", b"since_time", "version", b"version", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

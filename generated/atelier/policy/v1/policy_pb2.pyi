@@ -161,9 +161,9 @@ class Bounds(_message.Message):
     field's name, e.g. INPUT_FILE_ID_REQUIRED.
     """
     min: _builtins.float
-    """Smallest number allowed."""
+    """Smallest number allowed; seconds of a duration."""
     max: _builtins.float
-    """Largest number allowed."""
+    """Largest number allowed; seconds of a duration."""
     max_length: _builtins.int
     """Most characters of a string, bytes of a bytes field, or items of a repeated one."""
     min_length: _builtins.int

@@ -74,7 +74,9 @@ class Task(_message.Message):
         fraction: _builtins.float
         """0..1."""
         stage: _builtins.str
-        """`queued`, `download`, `decode`, `process`, `upload` or `done`."""
+        """`queued`, `waiting for a worker` (nobody serves the pool; operators know), `download`, `decode`, `process`,
+        `upload` or `done`.
+        """
         def __init__(
             self,
             *,
@@ -128,6 +130,8 @@ class Task(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    DEADLINE_TIME_FIELD_NUMBER: _builtins.int
+    BATCH_ID_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """`tsk_…`."""
     user_id: _builtins.str
@@ -138,6 +142,8 @@ class Task(_message.Message):
     """What it works on."""
     attempt: _builtins.int
     """Which attempt this is; 0 before the first, > 0 after. The fencing token of its lease."""
+    batch_id: _builtins.str
+    """`bat_…`, the batch that it was created with; empty for one created alone."""
     @_builtins.property
     def operation(self) -> _media_pb2.Operation:
         """What is to be done."""
@@ -160,7 +166,7 @@ class Task(_message.Message):
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """When the newest attempt began."""
+        """When the newest attempt began; unset until one has since the task was created or retried."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
@@ -169,6 +175,10 @@ class Task(_message.Message):
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When anything of it last changed."""
+
+    @_builtins.property
+    def deadline_time(self) -> _timestamp_pb2.Timestamp:
+        """When it fails, TASK_DEADLINE_EXCEEDED, unless it has ended; unset when it has no deadline."""
 
     def __init__(
         self,
@@ -186,14 +196,98 @@ class Task(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        deadline_time: _timestamp_pb2.Timestamp | None = ...,
+        batch_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "operation", b"operation", "progress", b"progress", "start_time", b"start_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline_time", b"deadline_time", "end_time", b"end_time", "error", b"error", "operation", b"operation", "progress", b"progress", "start_time", b"start_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "input_file_id", b"input_file_id", "operation", b"operation", "output_file_ids", b"output_file_ids", "progress", b"progress", "start_time", b"start_time", "state", b"state", "task_id", b"task_id", "update_time", b"update_time", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "batch_id", b"batch_id", "create_time", b"create_time", "deadline_time", b"deadline_time", "end_time", b"end_time", "error", b"error", "input_file_id", b"input_file_id", "operation", b"operation", "output_file_ids", b"output_file_ids", "progress", b"progress", "start_time", b"start_time", "state", b"state", "task_id", b"task_id", "update_time", b"update_time", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Task: _TypeAlias = Task  # noqa: Y015
+
+@_typing.final
+class TaskBatch(_message.Message):
+    """Tasks that were created in one call, and how far they are together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class StateCounts(_message.Message):
+        """How many tasks are in each state."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        QUEUED_FIELD_NUMBER: _builtins.int
+        RUNNING_FIELD_NUMBER: _builtins.int
+        SUCCEEDED_FIELD_NUMBER: _builtins.int
+        FAILED_FIELD_NUMBER: _builtins.int
+        CANCELLED_FIELD_NUMBER: _builtins.int
+        queued: _builtins.int
+        """Wait for a worker."""
+        running: _builtins.int
+        """Are being worked on."""
+        succeeded: _builtins.int
+        """Are done."""
+        failed: _builtins.int
+        """Will not be done."""
+        cancelled: _builtins.int
+        """Are not wanted any more."""
+        def __init__(
+            self,
+            *,
+            queued: _builtins.int = ...,
+            running: _builtins.int = ...,
+            succeeded: _builtins.int = ...,
+            failed: _builtins.int = ...,
+            cancelled: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "failed", b"failed", "queued", b"queued", "running", b"running", "succeeded", b"succeeded"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    BATCH_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    TASK_COUNT_FIELD_NUMBER: _builtins.int
+    FRACTION_FIELD_NUMBER: _builtins.int
+    STATE_COUNTS_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    batch_id: _builtins.str
+    """`bat_…`."""
+    user_id: _builtins.str
+    """Whose it is."""
+    task_count: _builtins.int
+    """How many tasks it has."""
+    fraction: _builtins.float
+    """0..1: the mean of its tasks' fractions, where a task that has ended, however, counts as 1."""
+    @_builtins.property
+    def state_counts(self) -> Global___TaskBatch.StateCounts:
+        """Its tasks by state. It has ended when none is queued or running."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was created."""
+
+    def __init__(
+        self,
+        *,
+        batch_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        task_count: _builtins.int = ...,
+        fraction: _builtins.float = ...,
+        state_counts: Global___TaskBatch.StateCounts | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "state_counts", b"state_counts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "create_time", b"create_time", "fraction", b"fraction", "state_counts", b"state_counts", "task_count", b"task_count", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TaskBatch: _TypeAlias = TaskBatch  # noqa: Y015
 
 @_typing.final
 class TaskEvent(_message.Message):
@@ -244,6 +338,7 @@ class CreateTaskRequest(_message.Message):
     INPUT_FILE_ID_FIELD_NUMBER: _builtins.int
     OPERATION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DEADLINE_DURATION_FIELD_NUMBER: _builtins.int
     input_file_id: _builtins.str
     """One of the caller's files: an image."""
     request_id: _builtins.str
@@ -252,20 +347,129 @@ class CreateTaskRequest(_message.Message):
     def operation(self) -> _media_pb2.Operation:
         """What to do."""
 
+    @_builtins.property
+    def deadline_duration(self) -> _duration_pb2.Duration:
+        """From its creation until its end at the latest, 1 s to 30 days; a retry begins anew. Unset: no deadline."""
+
     def __init__(
         self,
         *,
         input_file_id: _builtins.str = ...,
         operation: _media_pb2.Operation | None = ...,
         request_id: _builtins.str = ...,
+        deadline_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration", "operation", b"operation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_file_id", b"input_file_id", "operation", b"operation", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration", "input_file_id", b"input_file_id", "operation", b"operation", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateTaskRequest: _TypeAlias = CreateTaskRequest  # noqa: Y015
+
+@_typing.final
+class CreateTaskBatchRequest(_message.Message):
+    """What to do, and to what, many times."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Item(_message.Message):
+        """One task."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        INPUT_FILE_ID_FIELD_NUMBER: _builtins.int
+        OPERATION_FIELD_NUMBER: _builtins.int
+        input_file_id: _builtins.str
+        """One of the caller's files: an image."""
+        @_builtins.property
+        def operation(self) -> _media_pb2.Operation:
+            """What to do."""
+
+        def __init__(
+            self,
+            *,
+            input_file_id: _builtins.str = ...,
+            operation: _media_pb2.Operation | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["input_file_id", b"input_file_id", "operation", b"operation"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DEADLINE_DURATION_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Makes a repeated call answer the first one's batch; `Idempotency-Key` in HTTP."""
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___CreateTaskBatchRequest.Item]:
+        """The tasks, in order."""
+
+    @_builtins.property
+    def deadline_duration(self) -> _duration_pb2.Duration:
+        """Of each task; see CreateTaskRequest."""
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___CreateTaskBatchRequest.Item] | None = ...,
+        request_id: _builtins.str = ...,
+        deadline_duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration", "items", b"items", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateTaskBatchRequest: _TypeAlias = CreateTaskBatchRequest  # noqa: Y015
+
+@_typing.final
+class GetTaskBatchRequest(_message.Message):
+    """Which batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_ID_FIELD_NUMBER: _builtins.int
+    batch_id: _builtins.str
+    """`bat_…`."""
+    def __init__(
+        self,
+        *,
+        batch_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTaskBatchRequest: _TypeAlias = GetTaskBatchRequest  # noqa: Y015
+
+@_typing.final
+class CancelTaskBatchRequest(_message.Message):
+    """Which batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_ID_FIELD_NUMBER: _builtins.int
+    batch_id: _builtins.str
+    """`bat_…`."""
+    def __init__(
+        self,
+        *,
+        batch_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelTaskBatchRequest: _TypeAlias = CancelTaskBatchRequest  # noqa: Y015
 
 @_typing.final
 class GetTaskRequest(_message.Message):
@@ -274,16 +478,24 @@ class GetTaskRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TASK_ID_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """`tsk_…`."""
+    @_builtins.property
+    def wait(self) -> _duration_pb2.Duration:
+        """How long to wait for the task's end, 0 s to 30 s, e.g. `?wait=20s`; unset answers at once. The answer is the
+        task as it then is: it may come sooner, and the task may not have ended. Then ask again.
+        """
+
     def __init__(
         self,
         *,
         task_id: _builtins.str = ...,
+        wait: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["task_id", b"task_id", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -298,22 +510,26 @@ class ListTasksRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    BATCH_ID_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Most tasks in the answer; 0 means 50."""
     page_token: _builtins.str
     """`next_page_token` of the page before."""
     state: Global___Task.State.ValueType
     """Only tasks in this state; all when unset."""
+    batch_id: _builtins.str
+    """Only the tasks of this batch; all when empty."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         state: Global___Task.State.ValueType = ...,
+        batch_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "page_size", b"page_size", "page_token", b"page_token", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -514,6 +730,214 @@ class ListTaskEventsResponse(_message.Message):
 Global___ListTaskEventsResponse: _TypeAlias = ListTaskEventsResponse  # noqa: Y015
 
 @_typing.final
+class DeadLetter(_message.Message):
+    """A task that every attempt failed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TRACE_ID_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    DEAD_TIME_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """`tsk_…`."""
+    user_id: _builtins.str
+    """Whose it is."""
+    attempts: _builtins.int
+    """How many attempts failed since its owner queued it."""
+    request_id: _builtins.str
+    """`x-request-id` of the call that queued it: what the logs know it by."""
+    trace_id: _builtins.str
+    """The trace of that call, in hexadecimal; empty when it had none."""
+    @_builtins.property
+    def error(self) -> Global___Task.Error:
+        """Why the last attempt failed."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When the task was created."""
+
+    @_builtins.property
+    def dead_time(self) -> _timestamp_pb2.Timestamp:
+        """When the last attempt failed."""
+
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        error: Global___Task.Error | None = ...,
+        attempts: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+        trace_id: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        dead_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "dead_time", b"dead_time", "error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "create_time", b"create_time", "dead_time", b"dead_time", "error", b"error", "request_id", b"request_id", "task_id", b"task_id", "trace_id", b"trace_id", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeadLetter: _TypeAlias = DeadLetter  # noqa: Y015
+
+@_typing.final
+class ListDeadLettersRequest(_message.Message):
+    """Which page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most letters in the answer; 0 means 50."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before."""
+    reason: _builtins.str
+    """Only those with this reason, e.g. WORKER_LOST; all when empty."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeadLettersRequest: _TypeAlias = ListDeadLettersRequest  # noqa: Y015
+
+@_typing.final
+class ListDeadLettersResponse(_message.Message):
+    """One page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEAD_LETTERS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def dead_letters(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeadLetter]:
+        """Oldest first."""
+
+    def __init__(
+        self,
+        *,
+        dead_letters: _abc.Iterable[Global___DeadLetter] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dead_letters", b"dead_letters", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeadLettersResponse: _TypeAlias = ListDeadLettersResponse  # noqa: Y015
+
+@_typing.final
+class RedriveTasksRequest(_message.Message):
+    """Which tasks: either these, or those of a reason."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_IDS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """All with this reason, a hundred in one call."""
+    page_token: _builtins.str
+    """`next_page_token` of the call before, for the next hundred."""
+    @_builtins.property
+    def task_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`tsk_…`."""
+
+    def __init__(
+        self,
+        *,
+        task_ids: _abc.Iterable[_builtins.str] | None = ...,
+        reason: _builtins.str = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_token", b"page_token", "reason", b"reason", "task_ids", b"task_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RedriveTasksRequest: _TypeAlias = RedriveTasksRequest  # noqa: Y015
+
+@_typing.final
+class RedriveTasksResponse(_message.Message):
+    """What became of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Refusal(_message.Message):
+        """A task that stays as it is."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        TASK_ID_FIELD_NUMBER: _builtins.int
+        REASON_FIELD_NUMBER: _builtins.int
+        MESSAGE_FIELD_NUMBER: _builtins.int
+        task_id: _builtins.str
+        """`tsk_…`."""
+        reason: _builtins.str
+        """Why: TASK_NOT_FOUND, TASK_NOT_DEAD, QUOTA_EXCEEDED or what else stood in the way."""
+        message: _builtins.str
+        """For people."""
+        def __init__(
+            self,
+            *,
+            task_id: _builtins.str = ...,
+            reason: _builtins.str = ...,
+            message: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "task_id", b"task_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TASK_IDS_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty when no more have the reason."""
+    @_builtins.property
+    def task_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Which are queued again."""
+
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___RedriveTasksResponse.Refusal]:
+        """Which are not."""
+
+    def __init__(
+        self,
+        *,
+        task_ids: _abc.Iterable[_builtins.str] | None = ...,
+        refusals: _abc.Iterable[Global___RedriveTasksResponse.Refusal] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "refusals", b"refusals", "task_ids", b"task_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RedriveTasksResponse: _TypeAlias = RedriveTasksResponse  # noqa: Y015
+
+@_typing.final
 class ClaimTaskRequest(_message.Message):
     """Who wants work."""
 
@@ -521,19 +945,23 @@ class ClaimTaskRequest(_message.Message):
 
     POOL_FIELD_NUMBER: _builtins.int
     WORKER_ID_FIELD_NUMBER: _builtins.int
+    MAX_TASKS_FIELD_NUMBER: _builtins.int
     pool: _builtins.str
     """The pool, e.g. `cpu`."""
     worker_id: _builtins.str
     """The worker's own name, for people."""
+    max_tasks: _builtins.int
+    """Most tasks in the answer, for a worker that does several in one go; 0 means 1."""
     def __init__(
         self,
         *,
         pool: _builtins.str = ...,
         worker_id: _builtins.str = ...,
+        max_tasks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_tasks", b"max_tasks", "pool", b"pool", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -578,18 +1006,24 @@ class ClaimTaskResponse(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def assignment(self) -> Global___ClaimTaskResponse.Assignment:
-        """Not set when there is nothing to do."""
+        """The first; not set when there is nothing to do."""
+
+    @_builtins.property
+    def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClaimTaskResponse.Assignment]:
+        """Those after the first, where several were asked for."""
 
     def __init__(
         self,
         *,
         assignment: Global___ClaimTaskResponse.Assignment | None = ...,
+        others: _abc.Iterable[Global___ClaimTaskResponse.Assignment] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "others", b"others"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -41,6 +41,21 @@ class TaskServiceStub:
                 request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.CreateTaskRequest.SerializeToString,
                 response_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.Task.FromString,
                 _registered_method=True)
+        self.CreateTaskBatch = channel.unary_unary(
+                '/atelier.task.v1.TaskService/CreateTaskBatch',
+                request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.CreateTaskBatchRequest.SerializeToString,
+                response_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.TaskBatch.FromString,
+                _registered_method=True)
+        self.GetTaskBatch = channel.unary_unary(
+                '/atelier.task.v1.TaskService/GetTaskBatch',
+                request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.GetTaskBatchRequest.SerializeToString,
+                response_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.TaskBatch.FromString,
+                _registered_method=True)
+        self.CancelTaskBatch = channel.unary_unary(
+                '/atelier.task.v1.TaskService/CancelTaskBatch',
+                request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.CancelTaskBatchRequest.SerializeToString,
+                response_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.TaskBatch.FromString,
+                _registered_method=True)
         self.GetTask = channel.unary_unary(
                 '/atelier.task.v1.TaskService/GetTask',
                 request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.GetTaskRequest.SerializeToString,
@@ -75,6 +90,16 @@ class TaskServiceStub:
                 '/atelier.task.v1.TaskService/ListTaskEvents',
                 request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.ListTaskEventsRequest.SerializeToString,
                 response_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.ListTaskEventsResponse.FromString,
+                _registered_method=True)
+        self.ListDeadLetters = channel.unary_unary(
+                '/atelier.task.v1.TaskService/ListDeadLetters',
+                request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.ListDeadLettersRequest.SerializeToString,
+                response_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.ListDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.RedriveTasks = channel.unary_unary(
+                '/atelier.task.v1.TaskService/RedriveTasks',
+                request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksRequest.SerializeToString,
+                response_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksResponse.FromString,
                 _registered_method=True)
         self.ClaimTask = channel.unary_unary(
                 '/atelier.task.v1.TaskService/ClaimTask',
@@ -116,8 +141,30 @@ class TaskServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateTaskBatch(self, request, context):
+        """Queues up to 1,000 operations, all or none; they share a parent. Fails as CreateTask does: `index` in the metadata
+        and a violation `items[…]` say which item is to blame. With a request id, repeating it answers the same batch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTaskBatch(self, request, context):
+        """Reads how far a batch is. Its tasks are in ListTasks, by `batch_id`. Fails with TASK_BATCH_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelTaskBatch(self, request, context):
+        """Cancels those of a batch's tasks that have not ended. Repeating it succeeds. Fails with TASK_BATCH_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetTask(self, request, context):
-        """Reads a task. Fails with TASK_NOT_FOUND.
+        """Reads a task, at once or when it has ended (`wait`). Fails with TASK_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -169,8 +216,25 @@ class TaskServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListDeadLetters(self, request, context):
+        """Lists tasks that failed since every attempt met something that might have passed (a lost worker, a service that was
+        away), oldest first. Fails with PAGE_TOKEN_MALFORMED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RedriveTasks(self, request, context):
+        """Queues such tasks again, for their owners, each with fresh attempts and a new reservation; what cannot be is told
+        by task. Fails with REDRIVE_OF_WHAT or PAGE_TOKEN_MALFORMED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ClaimTask(self, request, context):
-        """Takes the next task of a pool under a lease. Answers without an assignment when there is none.
+        """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
+        when there is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -212,6 +276,21 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     request_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.CreateTaskRequest.FromString,
                     response_serializer=atelier_dot_task_dot_v1_dot_task__pb2.Task.SerializeToString,
             ),
+            'CreateTaskBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateTaskBatch,
+                    request_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.CreateTaskBatchRequest.FromString,
+                    response_serializer=atelier_dot_task_dot_v1_dot_task__pb2.TaskBatch.SerializeToString,
+            ),
+            'GetTaskBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTaskBatch,
+                    request_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.GetTaskBatchRequest.FromString,
+                    response_serializer=atelier_dot_task_dot_v1_dot_task__pb2.TaskBatch.SerializeToString,
+            ),
+            'CancelTaskBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelTaskBatch,
+                    request_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.CancelTaskBatchRequest.FromString,
+                    response_serializer=atelier_dot_task_dot_v1_dot_task__pb2.TaskBatch.SerializeToString,
+            ),
             'GetTask': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTask,
                     request_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.GetTaskRequest.FromString,
@@ -246,6 +325,16 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.ListTaskEvents,
                     request_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.ListTaskEventsRequest.FromString,
                     response_serializer=atelier_dot_task_dot_v1_dot_task__pb2.ListTaskEventsResponse.SerializeToString,
+            ),
+            'ListDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeadLetters,
+                    request_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.ListDeadLettersRequest.FromString,
+                    response_serializer=atelier_dot_task_dot_v1_dot_task__pb2.ListDeadLettersResponse.SerializeToString,
+            ),
+            'RedriveTasks': grpc.unary_unary_rpc_method_handler(
+                    servicer.RedriveTasks,
+                    request_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksRequest.FromString,
+                    response_serializer=atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksResponse.SerializeToString,
             ),
             'ClaimTask': grpc.unary_unary_rpc_method_handler(
                     servicer.ClaimTask,
@@ -301,6 +390,87 @@ class TaskService:
             '/atelier.task.v1.TaskService/CreateTask',
             atelier_dot_task_dot_v1_dot_task__pb2.CreateTaskRequest.SerializeToString,
             atelier_dot_task_dot_v1_dot_task__pb2.Task.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateTaskBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.task.v1.TaskService/CreateTaskBatch',
+            atelier_dot_task_dot_v1_dot_task__pb2.CreateTaskBatchRequest.SerializeToString,
+            atelier_dot_task_dot_v1_dot_task__pb2.TaskBatch.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTaskBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.task.v1.TaskService/GetTaskBatch',
+            atelier_dot_task_dot_v1_dot_task__pb2.GetTaskBatchRequest.SerializeToString,
+            atelier_dot_task_dot_v1_dot_task__pb2.TaskBatch.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelTaskBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.task.v1.TaskService/CancelTaskBatch',
+            atelier_dot_task_dot_v1_dot_task__pb2.CancelTaskBatchRequest.SerializeToString,
+            atelier_dot_task_dot_v1_dot_task__pb2.TaskBatch.FromString,
             options,
             channel_credentials,
             insecure,
@@ -490,6 +660,60 @@ class TaskService:
             '/atelier.task.v1.TaskService/ListTaskEvents',
             atelier_dot_task_dot_v1_dot_task__pb2.ListTaskEventsRequest.SerializeToString,
             atelier_dot_task_dot_v1_dot_task__pb2.ListTaskEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.task.v1.TaskService/ListDeadLetters',
+            atelier_dot_task_dot_v1_dot_task__pb2.ListDeadLettersRequest.SerializeToString,
+            atelier_dot_task_dot_v1_dot_task__pb2.ListDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RedriveTasks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.task.v1.TaskService/RedriveTasks',
+            atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksRequest.SerializeToString,
+            atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksResponse.FromString,
             options,
             channel_credentials,
             insecure,

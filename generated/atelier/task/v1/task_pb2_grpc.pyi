@@ -39,8 +39,16 @@ class TaskServiceStub:
     OPERATION_REQUIRED and other reasons of the bounds, or IDEMPOTENCY_KEY_REUSED.
     With a request id, repeating it answers the same task.
     """
+    CreateTaskBatch: _grpc.UnaryUnaryMultiCallable[_task_pb2.CreateTaskBatchRequest, _task_pb2.TaskBatch]
+    """Queues up to 1,000 operations, all or none; they share a parent. Fails as CreateTask does: `index` in the metadata
+    and a violation `items[…]` say which item is to blame. With a request id, repeating it answers the same batch.
+    """
+    GetTaskBatch: _grpc.UnaryUnaryMultiCallable[_task_pb2.GetTaskBatchRequest, _task_pb2.TaskBatch]
+    """Reads how far a batch is. Its tasks are in ListTasks, by `batch_id`. Fails with TASK_BATCH_NOT_FOUND."""
+    CancelTaskBatch: _grpc.UnaryUnaryMultiCallable[_task_pb2.CancelTaskBatchRequest, _task_pb2.TaskBatch]
+    """Cancels those of a batch's tasks that have not ended. Repeating it succeeds. Fails with TASK_BATCH_NOT_FOUND."""
     GetTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.GetTaskRequest, _task_pb2.Task]
-    """Reads a task. Fails with TASK_NOT_FOUND."""
+    """Reads a task, at once or when it has ended (`wait`). Fails with TASK_NOT_FOUND."""
     ListTasks: _grpc.UnaryUnaryMultiCallable[_task_pb2.ListTasksRequest, _task_pb2.ListTasksResponse]
     """Lists one's tasks, newest first. Fails with PAGE_TOKEN_MALFORMED."""
     WatchTask: _grpc.UnaryStreamMultiCallable[_task_pb2.WatchTaskRequest, _task_pb2.WatchTaskResponse]
@@ -61,8 +69,18 @@ class TaskServiceStub:
     """
     ListTaskEvents: _grpc.UnaryUnaryMultiCallable[_task_pb2.ListTaskEventsRequest, _task_pb2.ListTaskEventsResponse]
     """Lists every change of a task's state, oldest first. Fails with TASK_NOT_FOUND."""
+    ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_task_pb2.ListDeadLettersRequest, _task_pb2.ListDeadLettersResponse]
+    """Lists tasks that failed since every attempt met something that might have passed (a lost worker, a service that was
+    away), oldest first. Fails with PAGE_TOKEN_MALFORMED.
+    """
+    RedriveTasks: _grpc.UnaryUnaryMultiCallable[_task_pb2.RedriveTasksRequest, _task_pb2.RedriveTasksResponse]
+    """Queues such tasks again, for their owners, each with fresh attempts and a new reservation; what cannot be is told
+    by task. Fails with REDRIVE_OF_WHAT or PAGE_TOKEN_MALFORMED.
+    """
     ClaimTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.ClaimTaskRequest, _task_pb2.ClaimTaskResponse]
-    """Takes the next task of a pool under a lease. Answers without an assignment when there is none."""
+    """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
+    when there is none.
+    """
     RenewLease: _grpc.UnaryUnaryMultiCallable[_task_pb2.RenewLeaseRequest, _task_pb2.RenewLeaseResponse]
     """Prolongs a lease and reports progress. Fails with LEASE_LOST."""
     CompleteTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.CompleteTaskRequest, _task_pb2.CompleteTaskResponse]
@@ -82,8 +100,16 @@ class TaskServiceAsyncStub(TaskServiceStub):
     OPERATION_REQUIRED and other reasons of the bounds, or IDEMPOTENCY_KEY_REUSED.
     With a request id, repeating it answers the same task.
     """
+    CreateTaskBatch: _aio.UnaryUnaryMultiCallable[_task_pb2.CreateTaskBatchRequest, _task_pb2.TaskBatch]  # type: ignore[assignment]
+    """Queues up to 1,000 operations, all or none; they share a parent. Fails as CreateTask does: `index` in the metadata
+    and a violation `items[…]` say which item is to blame. With a request id, repeating it answers the same batch.
+    """
+    GetTaskBatch: _aio.UnaryUnaryMultiCallable[_task_pb2.GetTaskBatchRequest, _task_pb2.TaskBatch]  # type: ignore[assignment]
+    """Reads how far a batch is. Its tasks are in ListTasks, by `batch_id`. Fails with TASK_BATCH_NOT_FOUND."""
+    CancelTaskBatch: _aio.UnaryUnaryMultiCallable[_task_pb2.CancelTaskBatchRequest, _task_pb2.TaskBatch]  # type: ignore[assignment]
+    """Cancels those of a batch's tasks that have not ended. Repeating it succeeds. Fails with TASK_BATCH_NOT_FOUND."""
     GetTask: _aio.UnaryUnaryMultiCallable[_task_pb2.GetTaskRequest, _task_pb2.Task]  # type: ignore[assignment]
-    """Reads a task. Fails with TASK_NOT_FOUND."""
+    """Reads a task, at once or when it has ended (`wait`). Fails with TASK_NOT_FOUND."""
     ListTasks: _aio.UnaryUnaryMultiCallable[_task_pb2.ListTasksRequest, _task_pb2.ListTasksResponse]  # type: ignore[assignment]
     """Lists one's tasks, newest first. Fails with PAGE_TOKEN_MALFORMED."""
     WatchTask: _aio.UnaryStreamMultiCallable[_task_pb2.WatchTaskRequest, _task_pb2.WatchTaskResponse]  # type: ignore[assignment]
@@ -104,8 +130,18 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """
     ListTaskEvents: _aio.UnaryUnaryMultiCallable[_task_pb2.ListTaskEventsRequest, _task_pb2.ListTaskEventsResponse]  # type: ignore[assignment]
     """Lists every change of a task's state, oldest first. Fails with TASK_NOT_FOUND."""
+    ListDeadLetters: _aio.UnaryUnaryMultiCallable[_task_pb2.ListDeadLettersRequest, _task_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
+    """Lists tasks that failed since every attempt met something that might have passed (a lost worker, a service that was
+    away), oldest first. Fails with PAGE_TOKEN_MALFORMED.
+    """
+    RedriveTasks: _aio.UnaryUnaryMultiCallable[_task_pb2.RedriveTasksRequest, _task_pb2.RedriveTasksResponse]  # type: ignore[assignment]
+    """Queues such tasks again, for their owners, each with fresh attempts and a new reservation; what cannot be is told
+    by task. Fails with REDRIVE_OF_WHAT or PAGE_TOKEN_MALFORMED.
+    """
     ClaimTask: _aio.UnaryUnaryMultiCallable[_task_pb2.ClaimTaskRequest, _task_pb2.ClaimTaskResponse]  # type: ignore[assignment]
-    """Takes the next task of a pool under a lease. Answers without an assignment when there is none."""
+    """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
+    when there is none.
+    """
     RenewLease: _aio.UnaryUnaryMultiCallable[_task_pb2.RenewLeaseRequest, _task_pb2.RenewLeaseResponse]  # type: ignore[assignment]
     """Prolongs a lease and reports progress. Fails with LEASE_LOST."""
     CompleteTask: _aio.UnaryUnaryMultiCallable[_task_pb2.CompleteTaskRequest, _task_pb2.CompleteTaskResponse]  # type: ignore[assignment]
@@ -130,12 +166,38 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def CreateTaskBatch(
+        self,
+        request: _task_pb2.CreateTaskBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.TaskBatch, _abc.Awaitable[_task_pb2.TaskBatch]]:
+        """Queues up to 1,000 operations, all or none; they share a parent. Fails as CreateTask does: `index` in the metadata
+        and a violation `items[…]` say which item is to blame. With a request id, repeating it answers the same batch.
+        """
+
+    @_abc_1.abstractmethod
+    def GetTaskBatch(
+        self,
+        request: _task_pb2.GetTaskBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.TaskBatch, _abc.Awaitable[_task_pb2.TaskBatch]]:
+        """Reads how far a batch is. Its tasks are in ListTasks, by `batch_id`. Fails with TASK_BATCH_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def CancelTaskBatch(
+        self,
+        request: _task_pb2.CancelTaskBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.TaskBatch, _abc.Awaitable[_task_pb2.TaskBatch]]:
+        """Cancels those of a batch's tasks that have not ended. Repeating it succeeds. Fails with TASK_BATCH_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
     def GetTask(
         self,
         request: _task_pb2.GetTaskRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.Task, _abc.Awaitable[_task_pb2.Task]]:
-        """Reads a task. Fails with TASK_NOT_FOUND."""
+        """Reads a task, at once or when it has ended (`wait`). Fails with TASK_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def ListTasks(
@@ -194,12 +256,34 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists every change of a task's state, oldest first. Fails with TASK_NOT_FOUND."""
 
     @_abc_1.abstractmethod
+    def ListDeadLetters(
+        self,
+        request: _task_pb2.ListDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.ListDeadLettersResponse, _abc.Awaitable[_task_pb2.ListDeadLettersResponse]]:
+        """Lists tasks that failed since every attempt met something that might have passed (a lost worker, a service that was
+        away), oldest first. Fails with PAGE_TOKEN_MALFORMED.
+        """
+
+    @_abc_1.abstractmethod
+    def RedriveTasks(
+        self,
+        request: _task_pb2.RedriveTasksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.RedriveTasksResponse, _abc.Awaitable[_task_pb2.RedriveTasksResponse]]:
+        """Queues such tasks again, for their owners, each with fresh attempts and a new reservation; what cannot be is told
+        by task. Fails with REDRIVE_OF_WHAT or PAGE_TOKEN_MALFORMED.
+        """
+
+    @_abc_1.abstractmethod
     def ClaimTask(
         self,
         request: _task_pb2.ClaimTaskRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.ClaimTaskResponse, _abc.Awaitable[_task_pb2.ClaimTaskResponse]]:
-        """Takes the next task of a pool under a lease. Answers without an assignment when there is none."""
+        """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
+        when there is none.
+        """
 
     @_abc_1.abstractmethod
     def RenewLease(

@@ -90,6 +90,11 @@ class UserServiceStub:
                 request_serializer=atelier_dot_user_dot_v1_dot_user__pb2.ReserveQuotaRequest.SerializeToString,
                 response_deserializer=atelier_dot_user_dot_v1_dot_user__pb2.Reservation.FromString,
                 _registered_method=True)
+        self.ReserveQuotas = channel.unary_unary(
+                '/atelier.user.v1.UserService/ReserveQuotas',
+                request_serializer=atelier_dot_user_dot_v1_dot_user__pb2.ReserveQuotasRequest.SerializeToString,
+                response_deserializer=atelier_dot_user_dot_v1_dot_user__pb2.ReserveQuotasResponse.FromString,
+                _registered_method=True)
         self.SettleQuota = channel.unary_unary(
                 '/atelier.user.v1.UserService/SettleQuota',
                 request_serializer=atelier_dot_user_dot_v1_dot_user__pb2.SettleQuotaRequest.SerializeToString,
@@ -190,6 +195,14 @@ class UserServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReserveQuotas(self, request, context):
+        """Sets the same amount aside many times, all or nothing; each reservation is then settled by itself. Otherwise as
+        ReserveQuota: those that exist are answered as they are. Fails with USER_NOT_FOUND or QUOTA_EXCEEDED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SettleQuota(self, request, context):
         """Charges a reservation: what was set aside is used. Repeating it changes nothing.
         Fails with RESERVATION_NOT_FOUND or RESERVATION_RELEASED.
@@ -262,6 +275,11 @@ def add_UserServiceServicer_to_server(servicer, server):
                     servicer.ReserveQuota,
                     request_deserializer=atelier_dot_user_dot_v1_dot_user__pb2.ReserveQuotaRequest.FromString,
                     response_serializer=atelier_dot_user_dot_v1_dot_user__pb2.Reservation.SerializeToString,
+            ),
+            'ReserveQuotas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReserveQuotas,
+                    request_deserializer=atelier_dot_user_dot_v1_dot_user__pb2.ReserveQuotasRequest.FromString,
+                    response_serializer=atelier_dot_user_dot_v1_dot_user__pb2.ReserveQuotasResponse.SerializeToString,
             ),
             'SettleQuota': grpc.unary_unary_rpc_method_handler(
                     servicer.SettleQuota,
@@ -572,6 +590,33 @@ class UserService:
             '/atelier.user.v1.UserService/ReserveQuota',
             atelier_dot_user_dot_v1_dot_user__pb2.ReserveQuotaRequest.SerializeToString,
             atelier_dot_user_dot_v1_dot_user__pb2.Reservation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReserveQuotas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.user.v1.UserService/ReserveQuotas',
+            atelier_dot_user_dot_v1_dot_user__pb2.ReserveQuotasRequest.SerializeToString,
+            atelier_dot_user_dot_v1_dot_user__pb2.ReserveQuotasResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -67,6 +67,10 @@ class UserServiceStub:
     back meanwhile: then it is set aside again.
     Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND.
     """
+    ReserveQuotas: _grpc.UnaryUnaryMultiCallable[_user_pb2.ReserveQuotasRequest, _user_pb2.ReserveQuotasResponse]
+    """Sets the same amount aside many times, all or nothing; each reservation is then settled by itself. Otherwise as
+    ReserveQuota: those that exist are answered as they are. Fails with USER_NOT_FOUND or QUOTA_EXCEEDED.
+    """
     SettleQuota: _grpc.UnaryUnaryMultiCallable[_user_pb2.SettleQuotaRequest, _user_pb2.Reservation]
     """Charges a reservation: what was set aside is used. Repeating it changes nothing.
     Fails with RESERVATION_NOT_FOUND or RESERVATION_RELEASED.
@@ -112,6 +116,10 @@ class UserServiceAsyncStub(UserServiceStub):
     """Sets an amount aside. Repeating it with the same reservation id changes nothing, unless it was given
     back meanwhile: then it is set aside again.
     Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND.
+    """
+    ReserveQuotas: _aio.UnaryUnaryMultiCallable[_user_pb2.ReserveQuotasRequest, _user_pb2.ReserveQuotasResponse]  # type: ignore[assignment]
+    """Sets the same amount aside many times, all or nothing; each reservation is then settled by itself. Otherwise as
+    ReserveQuota: those that exist are answered as they are. Fails with USER_NOT_FOUND or QUOTA_EXCEEDED.
     """
     SettleQuota: _aio.UnaryUnaryMultiCallable[_user_pb2.SettleQuotaRequest, _user_pb2.Reservation]  # type: ignore[assignment]
     """Charges a reservation: what was set aside is used. Repeating it changes nothing.
@@ -221,6 +229,16 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         """Sets an amount aside. Repeating it with the same reservation id changes nothing, unless it was given
         back meanwhile: then it is set aside again.
         Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def ReserveQuotas(
+        self,
+        request: _user_pb2.ReserveQuotasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_user_pb2.ReserveQuotasResponse, _abc.Awaitable[_user_pb2.ReserveQuotasResponse]]:
+        """Sets the same amount aside many times, all or nothing; each reservation is then settled by itself. Otherwise as
+        ReserveQuota: those that exist are answered as they are. Fails with USER_NOT_FOUND or QUOTA_EXCEEDED.
         """
 
     @_abc_1.abstractmethod
