@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
-from functools import cache
 
 from opentelemetry import propagate, trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -81,10 +80,8 @@ def configure(service: str, instance: str) -> None:
         )
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         trace.set_tracer_provider(provider)
-        _tracing.cache_clear()
 
 
-@cache  # asked at every call, and settled when the process begins
 def _tracing() -> bool:
     return isinstance(trace.get_tracer_provider(), TracerProvider)
 

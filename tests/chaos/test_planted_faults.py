@@ -162,7 +162,7 @@ FAULTS = {
     ),
     "refund skipped": Fault(
         "services/task/domain.py",
-        "notices=(TaskCancelled(stopped),)",
+        "notices=(TaskCancelled(unwanted),)",
         "notices=()",
         "task",
         cancelled_in_the_queue,

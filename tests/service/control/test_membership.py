@@ -22,6 +22,7 @@ from grpc_health.v1._async import HealthServicer
 from mesh import channel, discovery
 from mesh.config import ServiceConfig
 from mesh.discovery import Registration
+from mesh.service import PROPAGATION_SECONDS
 from scripts.local import configs
 from scripts.local.layout import Layout
 from tests.authority import TRUST_DOMAIN, TestAuthority
@@ -200,7 +201,9 @@ class Mesh:
         registration = Registration(service, name, HOST, port, tasks.health_address, {"zone": zone})
         async with discovery.registered(self.config(service), [registration]):
             yield tasks
-        await server.stop(1)  # calls under way are finished, as by a real service
+        # As a real service does: it serves on until all have heard, and then finishes what is under way.
+        await asyncio.sleep(PROPAGATION_SECONDS)
+        await server.stop(1)
         await health_server.stop(None)
 
     def as_user(self, zone: str = "") -> dict[str, str]:
