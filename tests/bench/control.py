@@ -193,7 +193,7 @@ def main() -> None:
             "sent_to_a_tenth": "KiB",
             "memory": "MiB",
         },
-        {"resending_everything": ratio},
+        {"resending_everything": [ratio]},
         as_json=options.json,
     )
 

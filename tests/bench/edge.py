@@ -131,7 +131,7 @@ def main() -> None:
         HOW,
         [theirs, ours],
         {"throughput": "requests/s", "median_latency": "ms"},
-        {"fastapi": ours.median("throughput") / theirs.median("throughput")},
+        {"fastapi": ours.ratios("throughput", theirs)},
         as_json=options.json,
     )
 

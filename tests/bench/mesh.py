@@ -1,38 +1,47 @@
-"""One call through the mesh against the same handler on bare grpc.aio."""
+"""One call through the mesh against the same handler on bare grpc.aio, and under nameko."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import AsyncExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 import grpc
+import psutil
 from atelier.mesh.v1 import identity_pb2
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 
 from mesh import certificates, channel, service
 from mesh.config import ServiceConfig
-from scripts.local.layout import BIN, Layout, mesh_environment
+from scripts.local.layout import BIN, ROOT, TOOLS, Layout, mesh_environment
 from tests.bench.report import Figures, arguments, tell
 from tests.eventually import eventually
 from tests.installation import Mesh, running
 from tests.mesh_server import JWKS
 
 CALLERS = 32  # at once, for throughput
-SECONDS = 4.0  # of throughput, a round
-LATENCIES = 400  # one at a time, for latency, a round
+SECONDS = 2.0  # of throughput, a round; short, so that rounds compare what the machine did at the same time
+LATENCIES = 300  # one at a time, for latency, a round
+
+NAMEKO = TOOLS / "nameko"
+NAMEKO_LOCK = ROOT / "requirements" / "nameko.txt"
+NAMEKO_PEER = Path(__file__).with_name("nameko_peer.py")
 
 HOW = (
-    "Server and client are a process each. Bare: a grpc.aio server and a channel straight to it, without interceptors, "
-    "with certificates on both sides or in clear. Mesh: the same handler under mesh.service, found through Consul and "
-    "the control plane, called by mesh.channel over xDS, with certificates on both sides, deadline, policy, "
-    "bounds and trace context. The call is one that services make of each other."
+    f"Server and client are a process each; {CALLERS} calls at a time for throughput and for processor time (of both "
+    "processes, a call), one at a time for latency. Bare: a grpc.aio server and a channel straight to it, without "
+    "interceptors, with certificates on both sides or in clear. Mesh: the same handler under mesh.service, found "
+    "through Consul and the control plane, called by mesh.channel over xDS, with certificates on both sides, deadline, "
+    "policy, bounds and trace context. nameko: the same answer by its rpc over the mesh's RabbitMQ, in JSON and in "
+    "clear; the broker's processor time is not counted. The call is one that services make of each other."
 )
 
 
@@ -73,13 +82,16 @@ async def serve_bare() -> None:
 async def serve_mesh() -> None:
     config, register = _Config(), partial(user_pb2_grpc.add_UserServiceServicer_to_server, Users())
     async with certificates.kept(config) as leaf:
+        print("begins", flush=True)
         await service.serve(config, leaf, register, identity=_Keys())
 
 
-async def throughput(stub: user_pb2_grpc.UserServiceStub) -> float:
-    """Return calls a second of CALLERS callers."""
+async def called(stub: user_pb2_grpc.UserServiceStub, server: psutil.Process) -> dict[str, float]:
+    """Return one round's measures of calls to `server`."""
     request = user_pb2.GetAccountRequest(user_id="usr_1")
-    end = time.perf_counter() + SECONDS
+    used = time.process_time() + used_by(server)
+    began = time.perf_counter()
+    end = began + SECONDS
 
     async def caller() -> int:
         calls = 0
@@ -88,20 +100,66 @@ async def throughput(stub: user_pb2_grpc.UserServiceStub) -> float:
             calls += 1
         return calls
 
-    began = time.perf_counter()
     calls = sum(await asyncio.gather(*(caller() for _ in range(CALLERS))))
-    return calls / (time.perf_counter() - began)
-
-
-async def median_ms(stub: user_pb2_grpc.UserServiceStub) -> float:
-    """Return the median latency of one caller, ms."""
-    request = user_pb2.GetAccountRequest(user_id="usr_1")
+    throughput = calls / (time.perf_counter() - began)
+    used = time.process_time() + used_by(server) - used
     taken = []
     for _ in range(LATENCIES):
         began = time.perf_counter()
         await stub.GetAccount(request)
         taken.append(time.perf_counter() - began)
-    return sorted(taken)[len(taken) // 2] * 1000
+    return {
+        "throughput": throughput,
+        "processor_time": used / calls * 1e6,
+        "median_latency": sorted(taken)[len(taken) // 2] * 1000,
+    }
+
+
+def called_by_nameko(python: Path, url: str, server: psutil.Process) -> dict[str, float]:
+    """Return one round's measures of nameko's calls to `server`."""
+    used = used_by(server)
+    command = [python, NAMEKO_PEER, "call", url, *(str(each) for each in (CALLERS, SECONDS, LATENCIES))]
+    answer = json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60).stdout
+    )
+    # The server's time for the calls one at a time is in it, too, and they are in the number.
+    calls = answer["calls"] + LATENCIES
+    used_for_one = answer["caller_seconds"] / answer["calls"] + (used_by(server) - used) / calls
+    return {
+        "throughput": answer["throughput"],
+        "processor_time": used_for_one * 1e6,
+        "median_latency": answer["median_latency"],
+    }
+
+
+def used_by(process: psutil.Process) -> float:
+    """Return the processor time that a process has used, seconds."""
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def nameko() -> Path:
+    """Return a Python that has nameko, which is installed at the first run, and where nobody else imports it."""
+    mark, wanted = NAMEKO / "lock", NAMEKO_LOCK.read_text()
+    if not mark.exists() or mark.read_text() != wanted:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", NAMEKO], check=True)
+        pip = [NAMEKO / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        subprocess.run([*pip, "--require-hashes", "-r", NAMEKO_LOCK], check=True, stdout=sys.stderr)
+        mark.write_text(wanted)
+    return NAMEKO / "bin" / "python"
+
+
+@contextmanager
+def started(command: Sequence[str | Path], environment: Mapping[str, str]) -> Iterator[tuple[psutil.Process, str]]:
+    """Hold a server; yield it and the first line that it says."""
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout
+        try:
+            yield psutil.Process(process.pid), process.stdout.readline()
+        finally:
+            process.terminate()
 
 
 async def measure(mesh: Mesh, rounds: int) -> list[Figures]:
@@ -109,62 +167,68 @@ async def measure(mesh: Mesh, rounds: int) -> list[Figures]:
     environment = {
         **os.environ,
         **mesh_environment(layout, {}, mesh.secret("broker")),
-        "ATELIER_INSTANCE": "user-bench",
         "BENCH_JWKS": JWKS,
     }
     os.environ.update({**environment, "ATELIER_INSTANCE": "task-bench"})
     # The real user service makes room: every call goes to the stand-in.
     subprocess.run([BIN / "supervisorctl", "-s", f"unix://{layout.socket}", "stop", "user-1"], check=True, stdout=2)
-    command = [sys.executable, "-c", "import asyncio; from tests.bench import mesh; asyncio.run(mesh.{}())"]
-    ours = subprocess.Popen([*command[:2], command[2].format("serve_mesh")], env=environment, stderr=subprocess.DEVNULL)
-    environment["ATELIER_INSTANCE"] = "user-bare"
-    theirs = subprocess.Popen(
-        [*command[:2], command[2].format("serve_bare")], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert theirs.stdout
-    figured = [Figures("bare grpc.aio, mTLS"), Figures("bare grpc.aio, in clear"), Figures("mesh call")]
+    python, url = nameko(), environment["ATELIER_BROKER_URL"]
+    figured = [
+        Figures("bare grpc.aio, mTLS"), Figures("bare grpc.aio, in clear"), Figures("nameko rpc"), Figures("mesh call"),
+    ]  # fmt: skip
     config = _Caller()
-    try:
-        async with AsyncExitStack() as stack:
-            hold = stack.enter_async_context
-            leaf = await hold(certificates.kept(config))
-            secure, plain = (f"127.0.0.1:{port}" for port in theirs.stdout.readline().split())
-            own = leaf.present
-            trusted = grpc.ssl_channel_credentials(config.secret("ads-ca.pem").encode(), own.key, own.certificate)
-            channels = [
-                await hold(grpc.aio.secure_channel(secure, trusted)),
-                await hold(grpc.aio.insecure_channel(plain)),
-                await hold(channel.opened("user", config, leaf)),
-            ]
-            stubs = [user_pb2_grpc.UserServiceStub(each) for each in channels]
-            await eventually(
-                lambda: stubs[2].GetAccount(user_pb2.GetAccountRequest(user_id="usr_1")), within_seconds=30
+    async with AsyncExitStack() as stack:
+        hold = stack.enter_async_context
+
+        def held(function: str, instance: str) -> tuple[psutil.Process, str]:
+            code = f"import asyncio; from tests.bench import mesh; asyncio.run(mesh.{function}())"
+            return stack.enter_context(
+                started([sys.executable, "-c", code], {**environment, "ATELIER_INSTANCE": instance})
             )
-            for _ in range(rounds):
-                for figures, stub in zip(figured, stubs, strict=True):
-                    figures.add(throughput=await throughput(stub), median_latency=await median_ms(stub))
-    finally:
-        for process in (ours, theirs):
-            process.terminate()
-            process.wait()
+
+        bare, ports = held("serve_bare", "user-bare")
+        ours, _ = held("serve_mesh", "user-bench")
+        theirs, _ = stack.enter_context(started([python, NAMEKO_PEER, "serve", url], environment))
+        leaf = await hold(certificates.kept(config))
+        secure, plain = (f"127.0.0.1:{port}" for port in ports.split())
+        own = leaf.present
+        trusted = grpc.ssl_channel_credentials(config.secret("ads-ca.pem").encode(), own.key, own.certificate)
+        channels = [
+            await hold(grpc.aio.secure_channel(secure, trusted)),
+            await hold(grpc.aio.insecure_channel(plain)),
+            await hold(channel.opened("user", config, leaf)),
+        ]
+        by_certificate, in_clear, through = (user_pb2_grpc.UserServiceStub(each) for each in channels)
+        await eventually(lambda: through.GetAccount(user_pb2.GetAccountRequest(user_id="usr_1")), within_seconds=30)
+        for _ in range(rounds):
+            found = [
+                await called(by_certificate, bare),
+                await called(in_clear, bare),
+                await asyncio.to_thread(called_by_nameko, python, url, theirs),
+                await called(through, ours),
+            ]
+            for figures, measures in zip(figured, found, strict=True):
+                figures.add(**measures)
     return figured
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", rounds=5)
+    options = arguments(__doc__ or "", rounds=9)
     with (
         tempfile.TemporaryDirectory() as folder,
         running(Path(folder) / "var") as mesh,
     ):
-        bare, clear, through = asyncio.run(measure(mesh, options.rounds))
+        bare, clear, theirs, through = asyncio.run(measure(mesh, options.rounds))
     tell(
         "A call through the mesh",
         HOW,
-        [bare, clear, through],
-        {"throughput": "calls/s", "median_latency": "ms"},
+        [bare, clear, theirs, through],
+        {"throughput": "calls/s", "processor_time": "µs", "median_latency": "ms"},
         {
-            "bare_grpc": through.median("throughput") / bare.median("throughput"),
-            "bare_grpc_in_clear": through.median("throughput") / clear.median("throughput"),
+            "bare_grpc": through.ratios("throughput", bare),
+            "bare_grpc_in_clear": through.ratios("throughput", clear),
+            "nameko": through.ratios("throughput", theirs),
+            "bare_grpc, by processor time": bare.ratios("processor_time", through),
         },
         as_json=options.json,
     )

@@ -28,6 +28,10 @@ class Figures:
     def median(self, measure: str) -> float:
         return statistics.median(self.values[measure])
 
+    def ratios(self, measure: str, peer: Figures) -> list[float]:
+        """Return by how much this one's value is the peer's, round by round: what slows a round slows both."""
+        return [ours / theirs for ours, theirs in zip(self.values[measure], peer.values[measure], strict=True)]
+
 
 def arguments(description: str, rounds: int) -> argparse.Namespace:
     """Return the options that every benchmark has."""
@@ -42,11 +46,11 @@ def tell(
     how: str,
     contestants: Sequence[Figures],
     units: Mapping[str, str],
-    ratios: Mapping[str, float],
+    ratios: Mapping[str, Sequence[float]],
     *,
     as_json: bool,
 ) -> None:
-    """Print medians, spread, ratios, and how it was measured."""
+    """Print medians, spread, ratios (of each round), and how it was measured."""
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     if as_json:
         print(
@@ -55,7 +59,8 @@ def tell(
                     "title": title,
                     "how": how,
                     "machine": machine,
-                    "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
+                    "ratios": {name: round(statistics.median(each), 3) for name, each in ratios.items()},
+                    "ratios_by_round": {name: [round(ratio, 3) for ratio in each] for name, each in ratios.items()},
                     "figures": {each.name: each.values for each in contestants},
                     "units": dict(units),
                 }
@@ -74,6 +79,7 @@ def tell(
         table.add_row(each.name, *row)
     console = Console()
     console.print(table)
-    for name, ratio in ratios.items():
-        console.print(f"against {name}: {ratio:.2f} x   (> 1: we are faster)")
+    for name, each in ratios.items():
+        spread = f"({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else ""
+        console.print(f"against {name}: {statistics.median(each):.2f} x  {spread}  (> 1: we are faster)")
     console.print(f"{how}\n{machine}; median of the rounds (lowest to highest).")
