@@ -69,7 +69,7 @@ async def main(folder: Path, url: str, consul_url: str, secrets: Path, instance:
             os.kill(os.getpid(), signal.SIGSTOP)
         await step(sql, instance, fence)
 
-    async with database.opened(url) as sql, service._working([works(config, sql, stopping_step)], config):
+    async with database.opened(url) as sql, service.working([works(config, sql, stopping_step)], config):
         await asyncio.Event().wait()
 
 

@@ -20,6 +20,7 @@ from mesh import database, discovery, lock, service
 from mesh.database import Database
 from scripts.local.layout import ROOT
 from tests.consul import Consul, running
+from tests.databases import on_sqlite
 from tests.eventually import eventually
 from tests.service.mesh.housekeeper import WORK, done, fences, made, step, works
 
@@ -43,7 +44,7 @@ async def sql(url: str) -> AsyncIterator[Database]:
 @asynccontextmanager
 async def replica(consul: Consul, sql: Database, instance: str) -> AsyncIterator[None]:
     config = consul.config("storage", instance)
-    async with service._working([works(config, sql, partial(step, sql, instance))], config):
+    async with service.working([works(config, sql, partial(step, sql, instance))], config):
         yield
 
 
@@ -131,6 +132,7 @@ async def test_when_two_are_elected_only_the_later_passes(consul: Consul, sql: D
     require_one_at_a_time(await done(sql))
 
 
+@on_sqlite  # it waits for Consul, whose sessions take their time; the database's part is tested on both above
 async def test_a_replica_that_was_stopped_for_too_long_is_refused(
     consul: Consul, sql: Database, tmp_path: Path, url: str
 ) -> None:
@@ -152,6 +154,7 @@ async def test_a_replica_that_was_stopped_for_too_long_is_refused(
     require_one_at_a_time(await done(sql))
 
 
+@on_sqlite  # it waits for Consul, whose sessions take their time; the database's part is tested on both above
 async def test_without_consul_it_rests_and_a_wiped_consul_elects_anew(
     consul: Consul, sql: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
