@@ -179,22 +179,19 @@ class Admission(grpc.GenericRpcHandler):
         request: Request | None = None
         with telemetry.server_span(method.full_name, metadata):
             try:
-                caller, seconds = self._leaf.caller(call), call.time_remaining()
                 request = admission.admit(
                     method,
-                    caller,
+                    self._leaf.caller(call),
                     metadata,
                     self._verifier,
                     self._intentions,
-                    seconds=seconds,
+                    seconds=call.time_remaining(),
                     draining=self._draining,
                 )
                 message = _read(body, read)
                 _fill_request_id(message, metadata)
                 bounds.check(message)
-                # At the caller's own deadline gRPC cancels the call; a timer costs as much as all the rest here.
-                ours = seconds is None or seconds > method.deadline_seconds
-                async with asyncio.timeout_at(request.deadline if ours else None) as deadline:
+                async with asyncio.timeout_at(request.deadline) as deadline:
                     if method.server_streaming:
                         self._streams[deadline] = request
                     answer = await handler(message, call)
