@@ -215,7 +215,10 @@ class Admission(grpc.GenericRpcHandler):
                     self._streams.pop(deadline, None)
             admission.ended(method, failure)
         code, text = status.GRPC_CODES[failure.code_number], status.clipped(failure.message)
-        return await call.abort(code, text, status.to_trailers(failure))
+        try:
+            return await call.abort(code, text, status.to_trailers(failure))
+        except grpc.aio.InternalError:
+            raise asyncio.CancelledError from None  # the caller went away meanwhile: nobody is left to tell
 
 
 def _read(body: bytes, read: _Read) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from scripts.local.layout import BIN, ROOT
+
+MAX_RUN_AGAIN = 3  # more than that is no coincidence
 
 
 def main(arguments: list[str]) -> int:
@@ -37,8 +42,31 @@ def main(arguments: list[str]) -> int:
         if not passed:
             failed.append(name)
     print(f"Checks that failed: {', '.join(failed)}" if failed else "All checks passed.", flush=True)
-    code = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, check=False).returncode
-    return code or (1 if failed else 0)
+    return tested(arguments) or (1 if failed else 0)
+
+
+def tested(arguments: list[str]) -> int:
+    """Run the tests, a few that failed once more, and return pytest's exit code.
+
+    Thousands of tests on real processes and real clocks meet a busy machine now and then. What fails twice fails; what
+    then passes is named at the end, since it is a defect all the same: docs/decisions/0020-failed-once.md.
+    """
+    run = [sys.executable, "-m", "pytest", *arguments]
+    code = subprocess.run(run, cwd=ROOT, check=False).returncode
+    failures = [] if code != pytest.ExitCode.TESTS_FAILED else failed_last()
+    if not 0 < len(failures) <= MAX_RUN_AGAIN:
+        return code
+    print(f"\nOnce more, since they failed: {len(failures)}", flush=True)
+    again = subprocess.run([*run, "--last-failed"], cwd=ROOT, check=False).returncode
+    if again == pytest.ExitCode.OK:
+        print("FLAKY: these failed, and passed when run again; why is above, and each is a defect:")
+        print(*failures, sep="\n", flush=True)
+    return again
+
+
+def failed_last() -> list[str]:
+    """Return the tests that pytest's cache says have failed."""
+    return list(json.loads((ROOT / ".pytest_cache" / "v" / "cache" / "lastfailed").read_text()))
 
 
 def command(*parts: str, cwd: Path = ROOT) -> tuple[bool, str]:

@@ -28,7 +28,6 @@ from tests.eventually import eventually
 from tests.installation import Mesh, running
 from tests.people import Person, registered
 from tests.photographs import photograph
-from tests.system.test_main_job import watched
 
 pytestmark = pytest.mark.timeout(300)  # the first one waits for the copy and its mesh
 
@@ -95,7 +94,7 @@ async def done_by_two(mesh: Mesh, person: Person) -> None:
     """A worker whose attempt is over says that it has done the task, with another file."""
     async with waiting_task(mesh, person) as task_id:
         pass
-    await watched(person.http, task_id)
+    await done(person, task_id)
     other = await uploaded(person)
     told = mesh_environment(Layout.from_environment(mesh.environment), {}, mesh.secret("broker"))
     said = subprocess.run(
@@ -242,6 +241,13 @@ async def answered(person: Person, method: str, path: str, **request: Any) -> di
     response: httpx.Response = await eventually(answer, within_seconds=30)
     assert response.is_success, response.text
     return response.json() or {}
+
+
+async def done(person: Person, task_id: str) -> None:
+    async def over() -> bool:
+        return (await answered(person, "GET", f"tasks/{task_id}"))["state"] == "STATE_SUCCEEDED"
+
+    await eventually(over, within_seconds=60)
 
 
 async def cancel(person: Person, task_id: str) -> None:

@@ -151,8 +151,8 @@ async def test_a_success_is_charged_and_nothing_stays_reserved(person: Person) -
 async def watched(http: httpx.AsyncClient, task_id: str) -> dict[str, object]:
     """Return the task once it has ended."""
     async with http.stream("GET", f"tasks/{task_id}:watch") as stream:
-        last = [
-            json.loads(line.removeprefix("data:")) async for line in stream.aiter_lines() if line.startswith("data:")
-        ]
+        lines = [line async for line in stream.aiter_lines()]
+    last = [json.loads(line.removeprefix("data:")) for line in lines if line.startswith("data:")]
+    assert last, (stream.status_code, lines)
     assert last[-1]["state"] in ENDED
     return last[-1]

@@ -48,7 +48,7 @@ class Tasks(task_pb2_grpc.TaskServiceServicer):
     def __init__(self) -> None:
         self.calls: list[object] = []
         self.requests: list[context.Request] = []
-        self.get: Callable = self._answer
+        self.get: Callable = self.answer
         self.watch: Callable = self._three
         self.ended = asyncio.Event()
 
@@ -56,7 +56,7 @@ class Tasks(task_pb2_grpc.TaskServiceServicer):
         self.calls.append(request)
         self.requests.append(context.present())
 
-    async def _answer(self, request):
+    async def answer(self, request):
         return task_pb2.Task(task_id=request.task_id)
 
     async def _three(self, request):
@@ -597,6 +597,19 @@ async def test_the_callers_shorter_deadline_wins(server, tasks, caplog) -> None:
 
     await asyncio.wait_for(tasks.ended.wait(), 2)
     assert tasks.requests[0].deadline - asyncio.get_running_loop().time() < 0.1
+    assert bugs(caplog) == []
+
+
+async def test_a_caller_that_leaves_while_it_is_refused_is_no_bug(server, tasks, caplog) -> None:
+    tasks.get = for_ever
+
+    async def leaves() -> None:
+        with pytest.raises(errors.DeadlineExceeded):
+            await people(server).GetTask(GET, timeout=0.05)
+
+    for _ in range(5):
+        await asyncio.gather(*[leaves() for _ in range(100)])
+
     assert bugs(caplog) == []
 
 
