@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 import grpc
+import uvloop
 from atelier.mesh.v1 import topology_pb2_grpc
 from envoy.service.discovery.v3 import ads_pb2_grpc
 
@@ -98,4 +99,4 @@ def _peer(config: Config, leaf: Leaf, address: str) -> grpc.aio.Channel:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Config()))
+    uvloop.run(main(Config()))

@@ -1,8 +1,8 @@
 """Runs the auth service: `python -m services.auth`. Wiring only."""
 
-import asyncio
 from functools import partial
 
+import uvloop
 from atelier.auth.v1.auth_pb2_grpc import add_AuthServiceServicer_to_server
 from atelier.mesh.v1.identity_pb2_grpc import add_IdentityServiceServicer_to_server
 from atelier.user.v1.user_pb2_grpc import UserServiceStub
@@ -40,4 +40,4 @@ async def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Config()))
+    uvloop.run(main(Config()))

@@ -1,8 +1,8 @@
 """Runs the media service: `python -m services.media`. Wiring only."""
 
-import asyncio
 from functools import partial
 
+import uvloop
 from atelier.media.v1 import media_pb2
 from atelier.media.v1.media_pb2_grpc import add_MediaServiceServicer_to_server
 
@@ -19,4 +19,4 @@ async def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Config()))
+    uvloop.run(main(Config()))

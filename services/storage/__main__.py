@@ -1,8 +1,8 @@
 """Runs the storage service: `python -m services.storage`. Wiring only."""
 
-import asyncio
 from functools import partial
 
+import uvloop
 from atelier.storage.v1.storage_pb2_grpc import add_StorageServiceServicer_to_server
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub
 from atelier.user.v1.user_pb2_grpc import UserServiceStub
@@ -44,4 +44,4 @@ async def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Config()))
+    uvloop.run(main(Config()))

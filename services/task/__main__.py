@@ -1,8 +1,8 @@
 """Runs the task service: `python -m services.task`. Wiring only."""
 
-import asyncio
 from functools import partial
 
+import uvloop
 from atelier.storage.v1.storage_pb2_grpc import StorageServiceStub
 from atelier.task.v1.task_pb2_grpc import add_TaskServiceServicer_to_server
 from atelier.user.v1.user_pb2_grpc import UserServiceStub
@@ -41,4 +41,4 @@ async def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Config()))
+    uvloop.run(main(Config()))

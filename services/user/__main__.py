@@ -1,8 +1,8 @@
 """Runs the user service: `python -m services.user`. Wiring only."""
 
-import asyncio
 from functools import partial
 
+import uvloop
 from atelier.auth.v1.auth_pb2_grpc import AuthServiceStub
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub
 from atelier.user.v1.user_pb2_grpc import add_UserServiceServicer_to_server
@@ -41,4 +41,4 @@ async def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Config()))
+    uvloop.run(main(Config()))
