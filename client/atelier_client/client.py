@@ -491,6 +491,16 @@ class Atelier:
                 return
             request.page_token = answer.next_page_token
 
+    async def replay_tasks(self, *, rebuild: bool) -> AsyncIterator[task_pb2.ReplayTasksResponse]:
+        """Compare everybody's tasks with their events, and mend those that differ if asked to; yield page by page."""
+        request = task_pb2.ReplayTasksRequest(rebuild=rebuild)
+        while True:
+            answer = await self._signed_in(self._tasks.ReplayTasks, request)
+            yield answer
+            if not answer.next_page_token:
+                return
+            request.page_token = answer.next_page_token
+
     async def topology(self, service: str = "") -> topology_pb2.GetTopologyResponse:
         """Return what the mesh looks like now; of one service, in more detail."""
         request = topology_pb2.GetTopologyRequest(service=service)

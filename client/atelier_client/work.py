@@ -16,7 +16,7 @@ from typing import Any, Self
 import click
 from atelier.media.v1.media_pb2 import Operation
 from atelier.storage.v1.storage_pb2 import File
-from atelier.task.v1.task_pb2 import DeadLetter, RedriveTasksResponse, Task, TaskBatch
+from atelier.task.v1.task_pb2 import DeadLetter, RedriveTasksResponse, ReplayTasksResponse, Task, TaskBatch
 from google.protobuf.descriptor import FieldDescriptor
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -25,6 +25,7 @@ from atelier_client.client import Atelier
 from atelier_client.comments import installed as comments
 from atelier_client.errors import TaskNotDone, TasksNotDone
 from atelier_client.shell import (
+    FAILED,
     Command,
     Group,
     Interrupted,
@@ -452,6 +453,28 @@ async def redrive(shell: Shell, atelier: Atelier, task_ids: tuple[str, ...], rea
     shell.answer({"taskIds": redriven, "refusals": [document(each) for each in refused]}, "\n".join(lines))
     if refused:
         raise TasksNotDone(len(refused), len(redriven) + len(refused))
+
+
+@tasks.command()
+@click.option("--rebuild", is_flag=True, help="Mend those that differ.")
+@connected
+async def replay(shell: Shell, atelier: Atelier, rebuild: bool) -> None:
+    """Compare everybody's tasks with the log of their events, which rebuilds them. For administrators."""
+    compared, incomplete, different = 0, 0, list[ReplayTasksResponse.Discrepancy]()
+    async for page in atelier.replay_tasks(rebuild=rebuild):
+        compared += page.replayed_count
+        incomplete += page.incomplete_count
+        different += page.discrepancies
+    lines = [f"{each.task_id}: {', '.join(each.fields) or 'missing'}" for each in different]
+    lines += [f"{compared:,} tasks compared with their events, {len(different):,} differ."]
+    if incomplete:
+        lines += [f"{incomplete:,} more are older than events with all facts, and were left alone."]
+    if different:
+        lines += ["They are now as their events say." if rebuild else "atelier tasks replay --rebuild mends them."]
+    found = {"compared": compared, "incomplete": incomplete, "rebuilt": rebuild and bool(different)}
+    shell.answer({**found, "discrepancies": [document(each) for each in different]}, "\n".join(lines))
+    if different and not rebuild:
+        raise SystemExit(FAILED)
 
 
 @click.group(cls=Group, invoke_without_command=True)

@@ -29,6 +29,7 @@ from services.task.domain import (
     Permit,
     Progress,
     Query,
+    Replay,
     State,
     Task,
     TaskCancelled,
@@ -99,6 +100,28 @@ def dead_letter_to_proto(task: Task) -> pb.DeadLetter:
 
 def refusal_to_proto(task_id: str, error: MeshError) -> pb.RedriveTasksResponse.Refusal:
     return pb.RedriveTasksResponse.Refusal(task_id=task_id, reason=error.reason, message=error.message)
+
+
+def replay_place_from(page_token: str) -> str:
+    """Return the last task of the page before; empty when there is none.
+
+    Raises:
+        PageTokenMalformed: the token is not one of such a call.
+    """
+    [task_id] = paging.decode(page_token, (str,)) if page_token else [""]
+    return str(task_id)
+
+
+def replay_to_proto(replay: Replay) -> pb.ReplayTasksResponse:
+    return pb.ReplayTasksResponse(
+        replayed_count=replay.replayed,
+        incomplete_count=replay.incomplete,
+        discrepancies=[
+            pb.ReplayTasksResponse.Discrepancy(task_id=each.task_id, fields=each.fields)
+            for each in replay.discrepancies
+        ],
+        next_page_token=paging.encode([replay.last]) if replay.last else "",
+    )
 
 
 def event_to_proto(event: Event) -> pb.TaskEvent:

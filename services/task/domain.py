@@ -307,6 +307,27 @@ class History:
     events: tuple[Event, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Discrepancy:
+    """A task that is not as its events say."""
+
+    task_id: str
+    fields: tuple[str, ...]
+    """What differs; empty when the whole task is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Some tasks, rebuilt from their events and compared."""
+
+    replayed: int
+    incomplete: int
+    """How many more could not be: their first events are from before these held all facts."""
+    discrepancies: list[Discrepancy]
+    last: str | None
+    """The last task's id; None when no more follow."""
+
+
 class Tasks(Protocol):
     """Where tasks are kept. Every `now` that a step sees is the database's."""
 
@@ -354,6 +375,12 @@ class Tasks(Protocol):
 
     async def histories(self, task_ids: Sequence[str]) -> list[History]:
         """Return those of the tasks that exist, each with all its events, as of one moment."""
+
+    async def replay(self, after: str, at_most: int, *, rebuild: bool) -> Replay:
+        """Rebuild from their events the tasks whose ids follow `after`, and compare; `rebuild` mends what differs.
+
+        A running task's progress and lease are no events: where it differs otherwise, they begin anew.
+        """
 
     async def versions(self, task_ids: Sequence[str]) -> dict[str, Version]:
         """Return the versions of those of the tasks that exist."""

@@ -26,6 +26,7 @@ from services.task.domain import UNSERVED, WAITING, Change, State, Step, Task, T
 from services.task.watch import Watches
 
 REDRIVEN_AT_ONCE = 100  # of a reason, in one call
+REPLAYED_AT_ONCE = 200  # in one transaction, which others wait for
 ASKED_AT_ONCE = 50  # files of a batch: enough to hide the way to storage, not enough to fill its doorway
 
 log = logging.getLogger(__name__)
@@ -211,6 +212,10 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             else:
                 answer.task_ids.append(task_id)
         return answer
+
+    async def ReplayTasks(self, request: pb.ReplayTasksRequest, _: object) -> pb.ReplayTasksResponse:
+        after = convert.replay_place_from(request.page_token)
+        return convert.replay_to_proto(await self._tasks.replay(after, REPLAYED_AT_ONCE, rebuild=request.rebuild))
 
     async def ListTaskEvents(self, request: pb.ListTaskEventsRequest, _: object) -> pb.ListTaskEventsResponse:
         await self._own(request.task_id)

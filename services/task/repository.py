@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import (
+    Column,
     ColumnElement,
+    LargeBinary,
     Row,
     Select,
     String,
@@ -31,6 +34,7 @@ from services.task.domain import (
     Batch,
     Change,
     DeadQuery,
+    Discrepancy,
     Event,
     Failure,
     History,
@@ -38,6 +42,7 @@ from services.task.domain import (
     Page,
     Progress,
     Query,
+    Replay,
     State,
     Step,
     Task,
@@ -60,6 +65,8 @@ from services.task.tables import task_batch as batch_table
 from services.task.tables import task_event as event_table
 
 _MICROSECOND = timedelta(microseconds=1)
+# Change between events, too.
+_UNTOLD = frozenset({"progress_fraction", "progress_stage", "lease_time", "update_time"})
 _UPDATE = update(task_table).where(task_table.c.task_id == bindparam("key"))
 
 
@@ -103,7 +110,7 @@ class SqlTasks:
             if not await insert_if_absent(connection, task_table, _columns(change.task)):
                 # On PostgreSQL another call with the same key can slip in between: its task is ours.
                 return require_found(await _locked(connection, task_id), task_id)
-            await self._tell(connection, [change])
+            await self._tell(connection, [None], [change])
         self._committed(task_id)
         return change.task
 
@@ -120,7 +127,7 @@ class SqlTasks:
             if await insert_if_absent(connection, batch_table, row):
                 changes = await _in_turn(connection, changes)
                 await connection.execute(insert(task_table), [_columns(each.task) for each in changes])
-                await self._tell(connection, changes)
+                await self._tell(connection, [None] * len(changes), changes)
             batch = await _batch(connection, batch_id)
         assert batch is not None  # noqa: S101 - of this transaction, or of one before
         for each in changes:
@@ -210,6 +217,32 @@ class SqlTasks:
                 events.setdefault(row.task_id, []).append(_event(row))
         return [History(task, tuple(events[task.task_id])) for task in tasks]
 
+    async def replay(self, after: str, at_most: int, *, rebuild: bool) -> Replay:
+        ids = select(event_table.c.task_id).where(event_table.c.task_id > after).distinct()
+        async with self._database.transaction() as connection:
+            task_ids = list(await connection.scalars(ids.order_by(event_table.c.task_id).limit(at_most)))
+            found = _among(select(task_table), task_table, task_ids).order_by(task_table.c.task_id).with_for_update()
+            present = {row.task_id: row._asdict() for row in await connection.execute(found)}
+            told = _among(select(event_table), event_table, task_ids).order_by(event_table.c.sequence)
+            facts: dict[str, list[Any]] = {}
+            for row in await connection.execute(told):
+                facts.setdefault(row.task_id, []).append(row.facts)
+            complete = [each for each in task_ids if None not in facts[each]]
+            discrepancies = []
+            for task_id in complete:
+                rebuilt = _told(facts[task_id])
+                if (fields := _differing(rebuilt, present.get(task_id))) is None:
+                    continue
+                discrepancies.append(Discrepancy(task_id, fields))
+                if rebuild:
+                    await connection.execute(delete(task_table).where(task_table.c.task_id == task_id))
+                    await connection.execute(insert(task_table).values(rebuilt))
+        if rebuild:
+            for each in discrepancies:
+                self._committed(each.task_id)
+        last = task_ids[-1] if len(task_ids) == at_most else None
+        return Replay(len(complete), len(task_ids) - len(complete), discrepancies, last)
+
     async def versions(self, task_ids: Sequence[str]) -> dict[str, Version]:
         columns = select(
             task_table.c.task_id,
@@ -289,14 +322,16 @@ class SqlTasks:
         moved = [each for task, each in zip(tasks, changes, strict=True) if each.task != task]
         if moved:
             await connection.execute(_UPDATE, [{**_columns(each.task), "key": each.task.task_id} for each in moved])
-        pairs = zip(tasks, changes, strict=True)
-        await self._tell(connection, [each for task, each in pairs if each.task.sequence != task.sequence])
+        await self._tell(connection, tasks, changes)
         return changes
 
-    async def _tell(self, connection: AsyncConnection, changes: Sequence[Change]) -> None:
+    async def _tell(self, connection: AsyncConnection, before: Sequence[Task | None], after: Sequence[Change]) -> None:
         """Write the events of changes of state, and what the world hears of them."""
-        if changes:
-            await connection.execute(insert(event_table), [_event_columns(each) for each in changes])
+        pairs = zip(before, after, strict=True)
+        told = [(task, each) for task, each in pairs if task is None or each.task.sequence != task.sequence]
+        if told:
+            changes = [each for _, each in told]
+            await connection.execute(insert(event_table), [_event_columns(*each) for each in told])
             await outbox.add(connection, outbox_table, *(self._encode(n) for each in changes for n in each.notices))
 
 
@@ -432,7 +467,7 @@ def _task(row: Row[Any]) -> Task:
     )
 
 
-def _event_columns(change: Change) -> dict[str, Any]:
+def _event_columns(before: Task | None, change: Change) -> dict[str, Any]:
     task = change.task
     return {
         "task_id": task.task_id,
@@ -441,8 +476,52 @@ def _event_columns(change: Change) -> dict[str, Any]:
         "attempt": task.attempt,
         "reason": change.reason,
         "create_time": task.update_time,
+        "facts": _facts(before, task),
         **_failure_columns(task.failure),
     }
+
+
+def _facts(before: Task | None, after: Task) -> dict[str, Any]:
+    """Return the columns that an event changed, as JSON: all of them for the first."""
+    was, now_is = ({} if before is None else _columns(before)), _columns(after)
+    changed = {name for name, value in now_is.items() if name not in was or was[name] != value}
+    return {name: _to_json(now_is[name]) for name in changed | _UNTOLD}
+
+
+def _told(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the row that a task's events, oldest first, have made."""
+    columns: dict[str, Any] = {}
+    for each in facts:
+        columns |= each
+    return {name: _from_json(task_table.c[name], value) for name, value in columns.items()}
+
+
+def _differing(rebuilt: Mapping[str, Any], present: Mapping[str, Any] | None) -> tuple[str, ...] | None:
+    """Return the columns that differ, none when all is missing; None when the row is as its events say."""
+    if present is None:
+        return ()
+    passing = _UNTOLD if rebuilt["state"] == State.RUNNING else frozenset()
+    return tuple(name for name in rebuilt if name not in passing and rebuilt[name] != present[name]) or None
+
+
+def _to_json(value: Any) -> Any:
+    match value:
+        case datetime():
+            return value.isoformat()
+        case bytes():
+            return b64encode(value).decode()
+    return value
+
+
+def _from_json(column: Column[Any], value: Any) -> Any:
+    match column.type, value:
+        case _, None:
+            return None
+        case Timestamp(), text:
+            return datetime.fromisoformat(text)
+        case LargeBinary(), text:
+            return b64decode(text)
+    return value
 
 
 def _event(row: Row[Any]) -> Event:

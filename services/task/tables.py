@@ -134,6 +134,8 @@ task_event = Table(
     Column("failure_message", String),
     Column("failure_reason", String),
     Column("create_time", Timestamp, nullable=False),
+    # The task's columns that it changed, by name; none in events from before there were facts.
+    Column("facts", JSON),
 )
 
 outbox_table = outbox.table(metadata)

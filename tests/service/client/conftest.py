@@ -314,6 +314,13 @@ class Installation(
         more = str(page + 1) if page < 2 else ""
         return task_pb2.RedriveTasksResponse(task_ids=[f"tsk_{page}"], next_page_token=more)
 
+    async def ReplayTasks(self, request, context):
+        await self.require_token(context)
+        if not request.page_token:
+            return task_pb2.ReplayTasksResponse(replayed_count=200, next_page_token="2")
+        different = [{"task_id": "tsk_8"}, {"task_id": "tsk_9", "fields": ["state", "turn"]}]
+        return task_pb2.ReplayTasksResponse(replayed_count=2, incomplete_count=1, discrepancies=different)
+
     # Files
 
     def keep(self, name: str, content_type: str, content: bytes) -> storage_pb2.File:

@@ -361,6 +361,25 @@ async def test_dead_letters_are_listed_and_redriven(person: Person) -> None:
     assert neither == 2
 
 
+async def test_tasks_are_compared_with_their_events_and_mended(person: Person) -> None:
+    await person.registers()
+
+    compared, told, _ = await person.types("tasks", "replay")
+    mended, answer, _ = await person.types("tasks", "replay", "--rebuild", "--json")
+
+    assert (compared, told.decode().splitlines()) == (
+        1,
+        [
+            "tsk_8: missing",
+            "tsk_9: state, turn",
+            "202 tasks compared with their events, 2 differ.",
+            "1 more are older than events with all facts, and were left alone.",
+            "atelier tasks replay --rebuild mends them.",
+        ],
+    )
+    assert (mended, json.loads(answer)["rebuilt"]) == (0, True)
+
+
 async def test_logging_out_forgets_the_session(person: Person, installation: Installation) -> None:
     await person.registers()
 

@@ -938,6 +938,94 @@ class RedriveTasksResponse(_message.Message):
 Global___RedriveTasksResponse: _TypeAlias = RedriveTasksResponse  # noqa: Y015
 
 @_typing.final
+class ReplayTasksRequest(_message.Message):
+    """What to do with tasks that are not as their events say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REBUILD_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    rebuild: _builtins.bool
+    """Store them as their events say. Otherwise nothing is changed."""
+    page_token: _builtins.str
+    """`next_page_token` of the call before, for the next tasks."""
+    def __init__(
+        self,
+        *,
+        rebuild: _builtins.bool = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_token", b"page_token", "rebuild", b"rebuild"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplayTasksRequest: _TypeAlias = ReplayTasksRequest  # noqa: Y015
+
+@_typing.final
+class ReplayTasksResponse(_message.Message):
+    """How tasks compare with their events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Discrepancy(_message.Message):
+        """A task that is not as its events say."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        TASK_ID_FIELD_NUMBER: _builtins.int
+        FIELDS_FIELD_NUMBER: _builtins.int
+        task_id: _builtins.str
+        """`tsk_…`."""
+        @_builtins.property
+        def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """What differs, by column; empty when the whole task is missing."""
+
+        def __init__(
+            self,
+            *,
+            task_id: _builtins.str = ...,
+            fields: _abc.Iterable[_builtins.str] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["fields", b"fields", "task_id", b"task_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REPLAYED_COUNT_FIELD_NUMBER: _builtins.int
+    INCOMPLETE_COUNT_FIELD_NUMBER: _builtins.int
+    DISCREPANCIES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    replayed_count: _builtins.int
+    """How many of this page could be rebuilt."""
+    incomplete_count: _builtins.int
+    """How many more could not: their first events are from before events held all facts."""
+    next_page_token: _builtins.str
+    """Empty when no more follow."""
+    @_builtins.property
+    def discrepancies(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplayTasksResponse.Discrepancy]:
+        """Those that differ."""
+
+    def __init__(
+        self,
+        *,
+        replayed_count: _builtins.int = ...,
+        incomplete_count: _builtins.int = ...,
+        discrepancies: _abc.Iterable[Global___ReplayTasksResponse.Discrepancy] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["discrepancies", b"discrepancies", "incomplete_count", b"incomplete_count", "next_page_token", b"next_page_token", "replayed_count", b"replayed_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplayTasksResponse: _TypeAlias = ReplayTasksResponse  # noqa: Y015
+
+@_typing.final
 class ClaimTaskRequest(_message.Message):
     """Who wants work."""
 

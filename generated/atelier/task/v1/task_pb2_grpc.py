@@ -101,6 +101,11 @@ class TaskServiceStub:
                 request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksRequest.SerializeToString,
                 response_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksResponse.FromString,
                 _registered_method=True)
+        self.ReplayTasks = channel.unary_unary(
+                '/atelier.task.v1.TaskService/ReplayTasks',
+                request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.ReplayTasksRequest.SerializeToString,
+                response_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.ReplayTasksResponse.FromString,
+                _registered_method=True)
         self.ClaimTask = channel.unary_unary(
                 '/atelier.task.v1.TaskService/ClaimTask',
                 request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.ClaimTaskRequest.SerializeToString,
@@ -232,6 +237,14 @@ class TaskServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReplayTasks(self, request, context):
+        """Rebuilds tasks from their events, a page at a time, and tells which are not as these say; mends those if asked to.
+        Fails with PAGE_TOKEN_MALFORMED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ClaimTask(self, request, context):
         """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
         when there is none.
@@ -335,6 +348,11 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.RedriveTasks,
                     request_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksRequest.FromString,
                     response_serializer=atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksResponse.SerializeToString,
+            ),
+            'ReplayTasks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplayTasks,
+                    request_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.ReplayTasksRequest.FromString,
+                    response_serializer=atelier_dot_task_dot_v1_dot_task__pb2.ReplayTasksResponse.SerializeToString,
             ),
             'ClaimTask': grpc.unary_unary_rpc_method_handler(
                     servicer.ClaimTask,
@@ -714,6 +732,33 @@ class TaskService:
             '/atelier.task.v1.TaskService/RedriveTasks',
             atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksRequest.SerializeToString,
             atelier_dot_task_dot_v1_dot_task__pb2.RedriveTasksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplayTasks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.task.v1.TaskService/ReplayTasks',
+            atelier_dot_task_dot_v1_dot_task__pb2.ReplayTasksRequest.SerializeToString,
+            atelier_dot_task_dot_v1_dot_task__pb2.ReplayTasksResponse.FromString,
             options,
             channel_credentials,
             insecure,

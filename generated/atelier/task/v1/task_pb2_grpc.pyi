@@ -77,6 +77,10 @@ class TaskServiceStub:
     """Queues such tasks again, for their owners, each with fresh attempts and a new reservation; what cannot be is told
     by task. Fails with REDRIVE_OF_WHAT or PAGE_TOKEN_MALFORMED.
     """
+    ReplayTasks: _grpc.UnaryUnaryMultiCallable[_task_pb2.ReplayTasksRequest, _task_pb2.ReplayTasksResponse]
+    """Rebuilds tasks from their events, a page at a time, and tells which are not as these say; mends those if asked to.
+    Fails with PAGE_TOKEN_MALFORMED.
+    """
     ClaimTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.ClaimTaskRequest, _task_pb2.ClaimTaskResponse]
     """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
     when there is none.
@@ -137,6 +141,10 @@ class TaskServiceAsyncStub(TaskServiceStub):
     RedriveTasks: _aio.UnaryUnaryMultiCallable[_task_pb2.RedriveTasksRequest, _task_pb2.RedriveTasksResponse]  # type: ignore[assignment]
     """Queues such tasks again, for their owners, each with fresh attempts and a new reservation; what cannot be is told
     by task. Fails with REDRIVE_OF_WHAT or PAGE_TOKEN_MALFORMED.
+    """
+    ReplayTasks: _aio.UnaryUnaryMultiCallable[_task_pb2.ReplayTasksRequest, _task_pb2.ReplayTasksResponse]  # type: ignore[assignment]
+    """Rebuilds tasks from their events, a page at a time, and tells which are not as these say; mends those if asked to.
+    Fails with PAGE_TOKEN_MALFORMED.
     """
     ClaimTask: _aio.UnaryUnaryMultiCallable[_task_pb2.ClaimTaskRequest, _task_pb2.ClaimTaskResponse]  # type: ignore[assignment]
     """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
@@ -273,6 +281,16 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_task_pb2.RedriveTasksResponse, _abc.Awaitable[_task_pb2.RedriveTasksResponse]]:
         """Queues such tasks again, for their owners, each with fresh attempts and a new reservation; what cannot be is told
         by task. Fails with REDRIVE_OF_WHAT or PAGE_TOKEN_MALFORMED.
+        """
+
+    @_abc_1.abstractmethod
+    def ReplayTasks(
+        self,
+        request: _task_pb2.ReplayTasksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.ReplayTasksResponse, _abc.Awaitable[_task_pb2.ReplayTasksResponse]]:
+        """Rebuilds tasks from their events, a page at a time, and tells which are not as these say; mends those if asked to.
+        Fails with PAGE_TOKEN_MALFORMED.
         """
 
     @_abc_1.abstractmethod
