@@ -448,6 +448,16 @@ class Atelier:
         request = user_pb2.GrantAdminRequest(login=login, secret=secret)
         return await self._call(self._users.GrantAdmin, request, token="")
 
+    async def audit_quotas(self) -> AsyncIterator[user_pb2.AuditQuotasResponse]:
+        """Yield page by page what of everybody's quotas does not agree; what has just ended may be on its way."""
+        request = user_pb2.AuditQuotasRequest()
+        while True:
+            answer = await self._signed_in(self._users.AuditQuotas, request)
+            yield answer
+            if not answer.next_page_token:
+                return
+            request.page_token = answer.next_page_token
+
     async def set_limits(self, user_id: str, *, tasks: int | None = None, storage_bytes: int | None = None) -> Quota:
         """Set an account's own limits; None goes back to what its role has."""
         request = user_pb2.SetLimitsRequest(user_id=user_id, tasks=tasks, storage_bytes=storage_bytes)

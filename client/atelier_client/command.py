@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from atelier.user.v1.user_pb2 import Quota, User
+from atelier.user.v1.user_pb2 import AuditQuotasResponse, Quota, Reservation, User
 from click.shell_completion import get_completion_class
 
 from atelier_client import doctor as checks
@@ -140,11 +140,52 @@ async def whoami(shell: Shell, atelier: Atelier) -> None:
     )
 
 
-@cli.command()
-@connected
-async def quota(shell: Shell, atelier: Atelier) -> None:
+@cli.group(cls=Group, invoke_without_command=True)
+@click.pass_context
+def quota(context: click.Context) -> None:
     """Show what is used and left."""
+    if context.invoked_subcommand is None:
+        context.invoke(_own_quota)
+
+
+@click.command()
+@connected
+async def _own_quota(shell: Shell, atelier: Atelier) -> None:
     _show_quota(shell, await atelier.quota())
+
+
+@quota.command()
+@connected
+async def audit(shell: Shell, atelier: Atelier) -> None:
+    """Prove that everybody's quotas are counted right. For administrators."""
+    compared, drifts, disputes = 0, list[AuditQuotasResponse.Drift](), list[AuditQuotasResponse.Dispute]()
+    async for page in atelier.audit_quotas():
+        compared += page.reservation_count
+        drifts += page.drifts
+        disputes += page.disputes
+    lines = [
+        f"{each.user_id}, {each.metric} {each.period}".rstrip()
+        + f": counted {_amounts(each.counter)}, ledger {_amounts(each.ledger)}, "
+        f"reservations {_amounts(each.reservations)}"
+        for each in drifts
+    ]
+    lines += [
+        f"{each.reservation_id}: is {_state(each.state)}, its task wants it {_state(each.wanted_state)}"
+        for each in disputes
+    ]
+    lines += [f"Drift {len(drifts)}; of {compared:,} reservations of tasks {len(disputes)} are not as their tasks are."]
+    if disputes and not drifts:
+        lines += ["What has just ended may be on its way: run it again in a minute."]
+    shell.answer(
+        {
+            "reservations": compared,
+            "drifts": [document(each) for each in drifts],
+            "disputes": [document(each) for each in disputes],
+        },
+        "\n".join(lines),
+    )
+    if drifts or disputes:
+        raise SystemExit(FAILED)
 
 
 @cli.command()
@@ -254,6 +295,14 @@ def _show_quota(shell: Shell, found: Quota) -> None:
     rows.add_row("tasks this month", f"{tasks.used:,}", f"{tasks.reserved:,}", f"{tasks.limit:,}")
     rows.add_row("storage", size(storage.used), size(storage.reserved), size(storage.limit))
     shell.answer({"quota": document(found)}, rows)
+
+
+def _amounts(amounts: AuditQuotasResponse.Amounts) -> str:
+    return f"{amounts.used} used + {amounts.reserved} reserved"
+
+
+def _state(state: Reservation.State.ValueType) -> str:
+    return Reservation.State.Name(state).removeprefix("STATE_")
 
 
 def _line(finding: checks.Finding) -> str:

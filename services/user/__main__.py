@@ -29,8 +29,9 @@ async def main(config: Config) -> None:
         clock, secret = SystemClock(), config.secret("admin")
         accounts, quotas = SqlAccounts(sql), SqlQuotas(sql)
         passwords, tokens = Argon2Passwords(), AuthServiceStub(auth)
-        users = UserService(accounts, quotas, passwords, tokens, admin_secret=secret, clock=clock)
-        upkeep = Upkeep(accounts, quotas, TaskServiceStub(task), tokens, clock)
+        tasks = TaskServiceStub(task)
+        users = UserService(accounts, quotas, passwords, tokens, tasks, admin_secret=secret, clock=clock)
+        upkeep = Upkeep(accounts, quotas, tasks, tokens, clock)
         await service.serve(
             config,
             leaf,

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
+from atelier.task.v1 import task_pb2
 from atelier.user.v1 import user_pb2 as pb
 from email_validator import EmailNotValidError, validate_email
 
+from mesh import paging
 from mesh.wire import timestamp
 from services.user.domain import (
     Account,
+    Drift,
     EmailMalformed,
     FieldNotUpdatable,
     Kind,
     Reservation,
     Role,
+    State,
     Status,
     Usage,
     require_etag,
@@ -26,6 +30,12 @@ from services.user.domain import (
 _ROLES = {getattr(pb.User, f"ROLE_{role.name}"): role for role in Role}
 _STATUSES = {getattr(pb.User, f"STATUS_{status.name}"): status for status in Status}
 _KINDS = {getattr(pb.ReserveQuotaRequest, f"KIND_{kind.name}"): kind for kind in Kind}
+# What a reservation becomes by its task's state; a task that has not ended is still to be charged.
+_ENDS = {
+    task_pb2.Task.STATE_SUCCEEDED: State.SETTLED,
+    task_pb2.Task.STATE_FAILED: State.RELEASED,
+    task_pb2.Task.STATE_CANCELLED: State.RELEASED,
+}
 
 UPDATABLE = ("email", "display_name")
 
@@ -139,6 +149,58 @@ def account_to_proto(account: Account) -> pb.Account:
     )
 
 
+def lookup_of(reservation_id: str) -> task_pb2.LookupTaskRequest:
+    """Return the question after the task of a reservation, `<task id>/<round>`."""
+    return task_pb2.LookupTaskRequest(task_id=reservation_id.rpartition("/")[0])
+
+
+def fate_from(reservation_id: str, task: task_pb2.LookupTaskResponse) -> State:
+    """Return what becomes of a reservation by its task."""
+    if task.reservation_id != reservation_id:
+        return State.RELEASED  # the task was queued again under another one: this one's round has ended
+    return _ENDS.get(task.state, State.BOUND)
+
+
+def audit_place_from(page_token: str) -> str:
+    """Return the last reservation of the page before; empty when there is none.
+
+    Raises:
+        PageTokenMalformed: the token is not one of an audit.
+    """
+    [reservation_id] = paging.decode(page_token, (str,)) if page_token else [""]
+    return str(reservation_id)
+
+
+def audit_page_token(reservations: Sequence[Reservation], size: int) -> str:
+    """Return the token of the page after `reservations`; empty when there is none."""
+    return paging.encode([reservations[-1].reservation_id]) if len(reservations) == size else ""
+
+
+def drift_to_proto(drift: Drift) -> pb.AuditQuotasResponse.Drift:
+    def amounts(usage: Usage) -> pb.AuditQuotasResponse.Amounts:
+        return pb.AuditQuotasResponse.Amounts(used=usage.used, reserved=usage.reserved)
+
+    return pb.AuditQuotasResponse.Drift(
+        user_id=drift.user_id,
+        metric=drift.kind,
+        period=drift.period,
+        counter=amounts(drift.counter),
+        ledger=amounts(drift.ledger),
+        reservations=amounts(drift.reservations),
+    )
+
+
+def dispute_to_proto(reservation: Reservation, wanted: State) -> pb.AuditQuotasResponse.Dispute:
+    return pb.AuditQuotasResponse.Dispute(
+        reservation_id=reservation.reservation_id,
+        state=state_to_proto(reservation.state),
+        wanted_state=state_to_proto(wanted),
+    )
+
+
+def state_to_proto(state: State) -> pb.Reservation.State.ValueType:
+    return pb.Reservation.State.Value(f"STATE_{state.name}")
+
+
 def reservation_to_proto(reservation: Reservation) -> pb.Reservation:
-    state = pb.Reservation.State.Value(f"STATE_{reservation.state.name}")
-    return pb.Reservation(reservation_id=reservation.reservation_id, state=state)
+    return pb.Reservation(reservation_id=reservation.reservation_id, state=state_to_proto(reservation.state))

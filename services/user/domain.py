@@ -192,6 +192,18 @@ class Move:
     reserved: int
 
 
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """One thing that is counted, where three ways to count it come to different sums."""
+
+    user_id: str
+    kind: Kind
+    period: str
+    counter: Usage
+    ledger: Usage
+    reservations: Usage
+
+
 class Accounts(Protocol):
     """Where accounts are kept."""
 
@@ -262,6 +274,12 @@ class Quotas(Protocol):
     async def resolve(self, reservation_id: str, target: State, held_before: datetime, now: datetime) -> None:
         """`move`, unless the reservation is no longer the one that has been held since before `held_before`."""
 
+    async def audit(self) -> list[Drift]:
+        """Return what is not counted alike by counters, ledger and reservations, some of it; empty when all is well."""
+
+    async def of_tasks(self, after: str, held_before: datetime, at_most: int) -> list[Reservation]:
+        """Return reservations of tasks whose ids follow `after`, by id, but for those held since `held_before`."""
+
     async def held_since(self, time: datetime) -> list[str]:
         """Return reservations of tasks that have been held since before `time`, oldest first, some at a time."""
 
@@ -320,6 +338,17 @@ def allowed(account: Account, permission: str) -> bool:
             metadata={"permission": permission, "known": ", ".join(PERMISSIONS)},
         )
     return account.status is Status.ACTIVE and account.role in PERMISSIONS[permission]
+
+
+def disputed(state: State, wanted: State, *, task_is_known: bool) -> bool:
+    """Tell whether a reservation stands where it should not, by its task.
+
+    Until the task's first event has come it is HELD, not BOUND. A task that is not known may have been kept for its
+    time and be gone; then whatever is final is right.
+    """
+    if not task_is_known:
+        return state in (State.HELD, State.BOUND)
+    return state is not wanted and (state, wanted) != (State.HELD, State.BOUND)
 
 
 def not_found(user_id: str) -> UserNotFound:

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from atelier.auth.v1 import auth_pb2, auth_pb2_grpc
+from atelier.task.v1 import task_pb2_grpc
 from atelier.user.v1 import user_pb2 as pb
 from atelier.user.v1 import user_pb2_grpc
 
 from mesh import context, ids
 from mesh.clock import Clock
+from mesh.errors import NotFound
 from services.user import convert
 from services.user.domain import (
+    HOLD_BEFORE_ASKING,
     Account,
     Accounts,
     CredentialsInvalid,
     IdempotencyKeyReused,
     Passwords,
     Quotas,
+    Reservation,
     Role,
     SecretInvalid,
     State,
     allowed,
+    disputed,
     not_found,
     require_active,
     require_charged,
     require_strong,
 )
+
+AUDITED_AT_ONCE = 50  # reservations, each a question to the task service
 
 
 class UserService(user_pb2_grpc.UserServiceServicer):
@@ -39,6 +48,7 @@ class UserService(user_pb2_grpc.UserServiceServicer):
         quotas: where usage is counted.
         passwords: hashes and checks them.
         auth: opens sessions.
+        tasks: knows what became of what was reserved for.
         admin_secret: what proves the right to make an administrator.
         clock: the time of day.
     """
@@ -49,6 +59,7 @@ class UserService(user_pb2_grpc.UserServiceServicer):
         quotas: Quotas,
         passwords: Passwords,
         auth: auth_pb2_grpc.AuthServiceAsyncStub,
+        tasks: task_pb2_grpc.TaskServiceAsyncStub,
         *,
         admin_secret: str,
         clock: Clock,
@@ -57,6 +68,7 @@ class UserService(user_pb2_grpc.UserServiceServicer):
         self._quotas = quotas
         self._passwords = passwords
         self._auth = auth
+        self._tasks = tasks
         self._admin_secret = admin_secret
         self._clock = clock
 
@@ -122,6 +134,19 @@ class UserService(user_pb2_grpc.UserServiceServicer):
             await self._accounts.change(user_id, lambda account: convert.limited(account, request))
         )
 
+    async def AuditQuotas(self, request: pb.AuditQuotasRequest, _: object) -> pb.AuditQuotasResponse:
+        drifts = [] if request.page_token else await self._quotas.audit()
+        after = convert.audit_place_from(request.page_token)
+        held_before = self._clock.now() - HOLD_BEFORE_ASKING
+        reservations = await self._quotas.of_tasks(after, held_before, AUDITED_AT_ONCE)
+        disputes = await asyncio.gather(*map(self._dispute, reservations))
+        return pb.AuditQuotasResponse(
+            drifts=map(convert.drift_to_proto, drifts),
+            disputes=[each for each in disputes if each is not None],
+            reservation_count=len(reservations),
+            next_page_token=convert.audit_page_token(reservations, AUDITED_AT_ONCE),
+        )
+
     async def SetRole(self, request: pb.SetRoleRequest, _: object) -> pb.User:
         user_id = _subject(request.user_id)
         return await self._user(
@@ -155,6 +180,16 @@ class UserService(user_pb2_grpc.UserServiceServicer):
     async def ReleaseQuota(self, request: pb.ReleaseQuotaRequest, _: object) -> pb.ReleaseQuotaResponse:
         await self._quotas.move(request.reservation_id, State.RELEASED, self._clock.now())
         return pb.ReleaseQuotaResponse()
+
+    async def _dispute(self, reservation: Reservation) -> pb.AuditQuotasResponse.Dispute | None:
+        """Return what is wrong with a task's reservation, if anything is."""
+        wanted, known = State.RELEASED, False
+        with suppress(NotFound):
+            task = await self._tasks.LookupTask(convert.lookup_of(reservation.reservation_id))
+            wanted, known = convert.fate_from(reservation.reservation_id, task), True
+        if not disputed(reservation.state, wanted, task_is_known=known):
+            return None
+        return convert.dispute_to_proto(reservation, wanted)
 
     async def _reserved(
         self, reservation_ids: Sequence[str], request: pb.ReserveQuotaRequest | pb.ReserveQuotasRequest

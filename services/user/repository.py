@@ -8,7 +8,21 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, delete, func, insert, select, union_all, update
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    Table,
+    case,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    union_all,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -18,6 +32,7 @@ from mesh.errors import MeshError
 from services.user.domain import (
     FORGET,
     Account,
+    Drift,
     EmailTaken,
     Kind,
     Reservation,
@@ -48,6 +63,9 @@ REDELIVERED_WITHIN = timedelta(days=30)
 
 REVOKED_AT_ONCE = 100
 """Generations that are told to auth in one round, so that a round stays short."""
+
+DRIFTS_AT_ONCE = 100
+"""Drifts in one answer: more than one is a bug already."""
 
 ASKED_AT_ONCE = 100
 """Reservations that upkeep asks about in one round, so that a round stays short."""
@@ -204,20 +222,48 @@ class SqlQuotas:
         async with self._database.reading() as connection:
             return list((await connection.execute(held)).scalars())
 
-    async def audit(self) -> list[tuple[str, str, str]]:
-        """Return the (user, kind, period) whose counter is not the sum of its ledger rows; empty when all is well."""
-        key = ("user_id", "kind", "period")
-        counted = union_all(
-            select(*(ledger.c[name] for name in key), ledger.c.used, ledger.c.reserved),
-            select(*(counter.c[name] for name in key), -counter.c.used, -counter.c.reserved),
+    async def audit(self) -> list[Drift]:
+        key, zero = ("user_id", "kind", "period"), literal(0)
+
+        def counted(table: Table, place: int, used: ColumnElement[int], reserved: ColumnElement[int]) -> Select[Any]:
+            amounts: list[ColumnElement[int]] = [zero] * 6
+            amounts[2 * place : 2 * place + 2] = [used, reserved]
+            return select(
+                *(table.c[name] for name in key),
+                *(amount.label(f"amount_{number}") for number, amount in enumerate(amounts)),
+            )
+
+        settled = case((reservation.c.state == State.SETTLED, reservation.c.amount), else_=0)
+        standing = case((reservation.c.state.in_((State.HELD, State.BOUND)), reservation.c.amount), else_=0)
+        all_three = union_all(
+            counted(counter, 0, counter.c.used, counter.c.reserved),
+            counted(ledger, 1, ledger.c.used, ledger.c.reserved),
+            counted(reservation, 2, settled, standing),
         ).subquery()
+        sums = [func.sum(all_three.c[f"amount_{number}"]) for number in range(6)]
         wrong = (
-            select(*(counted.c[name] for name in key))
-            .group_by(*(counted.c[name] for name in key))
-            .having((func.sum(counted.c.used) != 0) | (func.sum(counted.c.reserved) != 0))
+            select(*(all_three.c[name] for name in key), *sums)
+            .group_by(*(all_three.c[name] for name in key))
+            .having(or_(*(sums[number] != sums[number % 2] for number in range(2, 6))))
+            .limit(DRIFTS_AT_ONCE)
         )
         async with self._database.reading() as connection:
-            return [(row.user_id, row.kind, row.period) for row in await connection.execute(wrong)]
+            found = (await connection.execute(wrong)).all()
+        return [
+            Drift(user_id, Kind(kind), period_, *(Usage(*map(int, amounts[place : place + 2])) for place in (0, 2, 4)))
+            for user_id, kind, period_, *amounts in found
+        ]
+
+    async def of_tasks(self, after: str, held_before: datetime, at_most: int) -> list[Reservation]:
+        past = (reservation.c.state != State.HELD) | (reservation.c.update_time < held_before)
+        found = (
+            select(reservation)
+            .where(reservation.c.reservation_id > after, reservation.c.kind == Kind.TASKS, past)
+            .order_by(reservation.c.reservation_id)
+            .limit(at_most)
+        )
+        async with self._database.reading() as connection:
+            return [_from_reservation_row(row) for row in await connection.execute(found)]
 
 
 async def _account(connection: AsyncConnection, user_id: str, *, lock: bool = False) -> Account:

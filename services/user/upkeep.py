@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 
 from atelier.auth.v1 import auth_pb2, auth_pb2_grpc
-from atelier.task.v1 import task_pb2, task_pb2_grpc
+from atelier.task.v1 import task_pb2_grpc
 
 from mesh.clock import Clock
 from mesh.errors import MeshError, NotFound
 from mesh.lock import Locks
 from mesh.service import Background, every
+from services.user import convert
 from services.user.domain import FORGET, HOLD_BEFORE_ASKING, Accounts, Quotas, State
 
 ASK_SECONDS = 30.0
@@ -18,13 +19,6 @@ REVOKE_SECONDS = 0.25  # a change by any replica has a second to take effect
 FORGET_SECONDS = 3600.0
 
 log = logging.getLogger(__name__)
-
-# What a reservation becomes by its task's state; a task that has not ended is still to be charged.
-_ENDS = {
-    task_pb2.Task.STATE_SUCCEEDED: State.SETTLED,
-    task_pb2.Task.STATE_FAILED: State.RELEASED,
-    task_pb2.Task.STATE_CANCELLED: State.RELEASED,
-}
 
 
 class Upkeep:
@@ -80,11 +74,8 @@ class Upkeep:
 
     async def _fate(self, reservation_id: str) -> State:
         """Return what becomes of a reservation, `<task id>/<round>`."""
-        task_id = reservation_id.rpartition("/")[0]
         try:
-            task = await self._tasks.LookupTask(task_pb2.LookupTaskRequest(task_id=task_id))
+            task = await self._tasks.LookupTask(convert.lookup_of(reservation_id))
         except NotFound:
             return State.RELEASED
-        if task.reservation_id != reservation_id:
-            return State.RELEASED  # the task was queued again under another one: this one's round has ended
-        return _ENDS.get(task.state, State.BOUND)
+        return convert.fate_from(reservation_id, task)

@@ -149,6 +149,17 @@ class Installation(
         await self.require_token(context)
         return next(iter(self.users.values()))
 
+    async def AuditQuotas(self, request, context):
+        await self.require_token(context)
+        if not self.full:
+            return user_pb2.AuditQuotasResponse(reservation_count=3)
+        if not request.page_token:
+            one, two = {"used": 1}, {"used": 2, "reserved": 1}
+            drift = {"user_id": "usr_ada", "metric": "tasks", "period": "2026-11", "counter": two, "ledger": one}
+            return user_pb2.AuditQuotasResponse(drifts=[drift], reservation_count=50, next_page_token="2")
+        dispute = {"reservation_id": "tsk_1/1", "state": "STATE_BOUND", "wanted_state": "STATE_SETTLED"}
+        return user_pb2.AuditQuotasResponse(disputes=[dispute], reservation_count=1)
+
     async def GetQuota(self, request, context):
         await self.require_token(context)
         return next(iter(self.users.values())).quota

@@ -380,6 +380,25 @@ async def test_tasks_are_compared_with_their_events_and_mended(person: Person) -
     assert (mended, json.loads(answer)["rebuilt"]) == (0, True)
 
 
+async def test_quotas_are_audited(person: Person, installation: Installation) -> None:
+    await person.registers()
+
+    well, said, _ = await person.types("quota", "audit")
+    installation.full = True
+    wrong, told, _ = await person.types("quota", "audit")
+
+    assert (well, said.decode()) == (0, "Drift 0; of 3 reservations of tasks 0 are not as their tasks are.\n")
+    assert (wrong, told.decode().splitlines()) == (
+        1,
+        [
+            "usr_ada, tasks 2026-11: counted 2 used + 1 reserved, ledger 1 used + 0 reserved, "
+            "reservations 0 used + 0 reserved",
+            "tsk_1/1: is BOUND, its task wants it SETTLED",
+            "Drift 1; of 51 reservations of tasks 1 are not as their tasks are.",
+        ],
+    )
+
+
 async def test_logging_out_forgets_the_session(person: Person, installation: Installation) -> None:
     await person.registers()
 

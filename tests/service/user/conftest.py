@@ -115,19 +115,20 @@ async def home(new_database: NewDatabase) -> AsyncIterator[Home]:
     ):
         accounts, quotas = SqlAccounts(sql), SqlQuotas(sql)
         tokens = auth_pb2_grpc.AuthServiceStub(auth_server.channel(caller="user"))
+        task = task_pb2_grpc.TaskServiceStub(task_server.channel(caller="user"))
         users = UserService(
             accounts,
             quotas,
             Argon2Passwords(),
             tokens,
+            task,
             admin_secret=ADMIN_SECRET,
             clock=clock,
         )
-        task = task_pb2_grpc.TaskServiceStub(task_server.channel(caller="user"))
         upkeep = Upkeep(accounts, quotas, task, tokens, clock)
         async with serving(partial(user_pb2_grpc.add_UserServiceServicer_to_server, users)) as server:
             yield Home(server, sql, accounts, quotas, auth, tasks, clock, TaskEvents(quotas, clock), upkeep)
-        # Whatever a test did, the counters are the sum of the ledger.
+        # Whatever a test did, the counters are the sum of the ledger, and of what reservations stand for.
         assert await quotas.audit() == []
 
 

@@ -194,6 +194,164 @@ class Quota(_message.Message):
 Global___Quota: _TypeAlias = Quota  # noqa: Y015
 
 @_typing.final
+class AuditQuotasRequest(_message.Message):
+    """Where an audit goes on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_token: _builtins.str
+    """`next_page_token` of the page before."""
+    def __init__(
+        self,
+        *,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditQuotasRequest: _TypeAlias = AuditQuotasRequest  # noqa: Y015
+
+@_typing.final
+class AuditQuotasResponse(_message.Message):
+    """What does not agree."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Drift(_message.Message):
+        """One thing that is counted, and what three ways to count it come to."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        USER_ID_FIELD_NUMBER: _builtins.int
+        METRIC_FIELD_NUMBER: _builtins.int
+        PERIOD_FIELD_NUMBER: _builtins.int
+        COUNTER_FIELD_NUMBER: _builtins.int
+        LEDGER_FIELD_NUMBER: _builtins.int
+        RESERVATIONS_FIELD_NUMBER: _builtins.int
+        user_id: _builtins.str
+        """Whose."""
+        metric: _builtins.str
+        """What: `tasks` or `storage_bytes`."""
+        period: _builtins.str
+        """The month, e.g. `2026-10`; empty for what has none."""
+        @_builtins.property
+        def counter(self) -> Global___AuditQuotasResponse.Amounts:
+            """What refusals go by."""
+
+        @_builtins.property
+        def ledger(self) -> Global___AuditQuotasResponse.Amounts:
+            """The sum of all changes."""
+
+        @_builtins.property
+        def reservations(self) -> Global___AuditQuotasResponse.Amounts:
+            """The sum of what reservations stand for."""
+
+        def __init__(
+            self,
+            *,
+            user_id: _builtins.str = ...,
+            metric: _builtins.str = ...,
+            period: _builtins.str = ...,
+            counter: Global___AuditQuotasResponse.Amounts | None = ...,
+            ledger: Global___AuditQuotasResponse.Amounts | None = ...,
+            reservations: Global___AuditQuotasResponse.Amounts | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["counter", b"counter", "ledger", b"ledger", "reservations", b"reservations"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["counter", b"counter", "ledger", b"ledger", "metric", b"metric", "period", b"period", "reservations", b"reservations", "user_id", b"user_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Amounts(_message.Message):
+        """Charged and set aside."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        USED_FIELD_NUMBER: _builtins.int
+        RESERVED_FIELD_NUMBER: _builtins.int
+        used: _builtins.int
+        """Charged."""
+        reserved: _builtins.int
+        """Set aside."""
+        def __init__(
+            self,
+            *,
+            used: _builtins.int = ...,
+            reserved: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["reserved", b"reserved", "used", b"used"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Dispute(_message.Message):
+        """A reservation that should stand elsewhere."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        RESERVATION_ID_FIELD_NUMBER: _builtins.int
+        STATE_FIELD_NUMBER: _builtins.int
+        WANTED_STATE_FIELD_NUMBER: _builtins.int
+        reservation_id: _builtins.str
+        """`<task id>/<round>`."""
+        state: Global___Reservation.State.ValueType
+        """Where it stands."""
+        wanted_state: Global___Reservation.State.ValueType
+        """Where it should, by its task."""
+        def __init__(
+            self,
+            *,
+            reservation_id: _builtins.str = ...,
+            state: Global___Reservation.State.ValueType = ...,
+            wanted_state: Global___Reservation.State.ValueType = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["reservation_id", b"reservation_id", "state", b"state", "wanted_state", b"wanted_state"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    DRIFTS_FIELD_NUMBER: _builtins.int
+    DISPUTES_FIELD_NUMBER: _builtins.int
+    RESERVATION_COUNT_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    reservation_count: _builtins.int
+    """How many reservations of tasks this page has looked at."""
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def drifts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditQuotasResponse.Drift]:
+        """Sums that differ, a hundred at most; on the first page."""
+
+    @_builtins.property
+    def disputes(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditQuotasResponse.Dispute]:
+        """Reservations of this page that are not as their tasks are."""
+
+    def __init__(
+        self,
+        *,
+        drifts: _abc.Iterable[Global___AuditQuotasResponse.Drift] | None = ...,
+        disputes: _abc.Iterable[Global___AuditQuotasResponse.Dispute] | None = ...,
+        reservation_count: _builtins.int = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disputes", b"disputes", "drifts", b"drifts", "next_page_token", b"next_page_token", "reservation_count", b"reservation_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditQuotasResponse: _TypeAlias = AuditQuotasResponse  # noqa: Y015
+
+@_typing.final
 class Account(_message.Message):
     """What another service may know of an account."""
 

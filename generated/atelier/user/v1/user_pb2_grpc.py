@@ -70,6 +70,11 @@ class UserServiceStub:
                 request_serializer=atelier_dot_user_dot_v1_dot_user__pb2.SetLimitsRequest.SerializeToString,
                 response_deserializer=atelier_dot_user_dot_v1_dot_user__pb2.Quota.FromString,
                 _registered_method=True)
+        self.AuditQuotas = channel.unary_unary(
+                '/atelier.user.v1.UserService/AuditQuotas',
+                request_serializer=atelier_dot_user_dot_v1_dot_user__pb2.AuditQuotasRequest.SerializeToString,
+                response_deserializer=atelier_dot_user_dot_v1_dot_user__pb2.AuditQuotasResponse.FromString,
+                _registered_method=True)
         self.SetRole = channel.unary_unary(
                 '/atelier.user.v1.UserService/SetRole',
                 request_serializer=atelier_dot_user_dot_v1_dot_user__pb2.SetRoleRequest.SerializeToString,
@@ -158,6 +163,15 @@ class UserServiceServicer:
 
     def SetLimits(self, request, context):
         """Sets an account's own limits instead of its role's. Fails with USER_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AuditQuotas(self, request, context):
+        """Adds up what is counted in three ways (counters, ledger, reservations) and asks the task service about every task's
+        reservation, a page at a time; tells what does not agree. What has just ended may be on its way for some seconds.
+        Fails with PAGE_TOKEN_MALFORMED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -255,6 +269,11 @@ def add_UserServiceServicer_to_server(servicer, server):
                     servicer.SetLimits,
                     request_deserializer=atelier_dot_user_dot_v1_dot_user__pb2.SetLimitsRequest.FromString,
                     response_serializer=atelier_dot_user_dot_v1_dot_user__pb2.Quota.SerializeToString,
+            ),
+            'AuditQuotas': grpc.unary_unary_rpc_method_handler(
+                    servicer.AuditQuotas,
+                    request_deserializer=atelier_dot_user_dot_v1_dot_user__pb2.AuditQuotasRequest.FromString,
+                    response_serializer=atelier_dot_user_dot_v1_dot_user__pb2.AuditQuotasResponse.SerializeToString,
             ),
             'SetRole': grpc.unary_unary_rpc_method_handler(
                     servicer.SetRole,
@@ -482,6 +501,33 @@ class UserService:
             '/atelier.user.v1.UserService/SetLimits',
             atelier_dot_user_dot_v1_dot_user__pb2.SetLimitsRequest.SerializeToString,
             atelier_dot_user_dot_v1_dot_user__pb2.Quota.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AuditQuotas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.user.v1.UserService/AuditQuotas',
+            atelier_dot_user_dot_v1_dot_user__pb2.AuditQuotasRequest.SerializeToString,
+            atelier_dot_user_dot_v1_dot_user__pb2.AuditQuotasResponse.FromString,
             options,
             channel_credentials,
             insecure,

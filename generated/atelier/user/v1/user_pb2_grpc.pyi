@@ -52,6 +52,11 @@ class UserServiceStub:
     """Says whether an account may do something, e.g. `tasks.create`. Fails with PERMISSION_UNKNOWN."""
     SetLimits: _grpc.UnaryUnaryMultiCallable[_user_pb2.SetLimitsRequest, _user_pb2.Quota]
     """Sets an account's own limits instead of its role's. Fails with USER_NOT_FOUND."""
+    AuditQuotas: _grpc.UnaryUnaryMultiCallable[_user_pb2.AuditQuotasRequest, _user_pb2.AuditQuotasResponse]
+    """Adds up what is counted in three ways (counters, ledger, reservations) and asks the task service about every task's
+    reservation, a page at a time; tells what does not agree. What has just ended may be on its way for some seconds.
+    Fails with PAGE_TOKEN_MALFORMED.
+    """
     SetRole: _grpc.UnaryUnaryMultiCallable[_user_pb2.SetRoleRequest, _user_pb2.User]
     """Sets an account's role or status. Fails with USER_NOT_FOUND. It takes effect within a second: access
     tokens that say otherwise are refused with TOKEN_REVOKED, and refreshing gives one with the new role.
@@ -102,6 +107,11 @@ class UserServiceAsyncStub(UserServiceStub):
     """Says whether an account may do something, e.g. `tasks.create`. Fails with PERMISSION_UNKNOWN."""
     SetLimits: _aio.UnaryUnaryMultiCallable[_user_pb2.SetLimitsRequest, _user_pb2.Quota]  # type: ignore[assignment]
     """Sets an account's own limits instead of its role's. Fails with USER_NOT_FOUND."""
+    AuditQuotas: _aio.UnaryUnaryMultiCallable[_user_pb2.AuditQuotasRequest, _user_pb2.AuditQuotasResponse]  # type: ignore[assignment]
+    """Adds up what is counted in three ways (counters, ledger, reservations) and asks the task service about every task's
+    reservation, a page at a time; tells what does not agree. What has just ended may be on its way for some seconds.
+    Fails with PAGE_TOKEN_MALFORMED.
+    """
     SetRole: _aio.UnaryUnaryMultiCallable[_user_pb2.SetRoleRequest, _user_pb2.User]  # type: ignore[assignment]
     """Sets an account's role or status. Fails with USER_NOT_FOUND. It takes effect within a second: access
     tokens that say otherwise are refused with TOKEN_REVOKED, and refreshing gives one with the new role.
@@ -191,6 +201,17 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_user_pb2.Quota, _abc.Awaitable[_user_pb2.Quota]]:
         """Sets an account's own limits instead of its role's. Fails with USER_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def AuditQuotas(
+        self,
+        request: _user_pb2.AuditQuotasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_user_pb2.AuditQuotasResponse, _abc.Awaitable[_user_pb2.AuditQuotasResponse]]:
+        """Adds up what is counted in three ways (counters, ledger, reservations) and asks the task service about every task's
+        reservation, a page at a time; tells what does not agree. What has just ended may be on its way for some seconds.
+        Fails with PAGE_TOKEN_MALFORMED.
+        """
 
     @_abc_1.abstractmethod
     def SetRole(
