@@ -150,6 +150,29 @@ class Broker:
                 log.warning("consumer waits", extra={"queue": queue, "failure": repr(failure.__cause__ or failure)})
             await asyncio.sleep(_jittered(RECONNECT_SECONDS))
 
+    async def redrive(self, queue: str) -> AsyncIterator[Delivery]:
+        """Give the dead letters that `queue` has now back to it, oldest first; yield each once it is there.
+
+        A letter may come twice when this dies half-way.
+
+        Raises:
+            Unavailable: the broker is away; what was not yielded is a dead letter still, or again.
+        """
+        name = f"{queue}.dead"
+        for _ in range(await self.depth(name)):
+            with _unavailable():
+                async with asyncio.timeout(CONNECT_SECONDS):
+                    dead = await (await self._confirmed_channel()).get_queue(name, ensure=False)
+                    letter = await dead.get(fail=False)
+            if letter is None:
+                return  # somebody else redrives, too
+            delivery = _delivery(letter)
+            own = {key: value for key, value in delivery.headers.items() if not key.startswith("x-")}  # the broker's
+            await self.publish(Message("", queue, letter.body, delivery.message_id, own, letter.content_type or ""))
+            with _unavailable():
+                await letter.ack()
+            yield delivery
+
     async def depth(self, queue: str) -> int:
         """Return how many messages wait in a queue, those being handled not counted; 0 when there is no such queue."""
         return (await self._counts(queue))[0]
@@ -222,7 +245,7 @@ class Broker:
         handling: set[asyncio.Task[None]] = set()
 
         async def received(message: AbstractIncomingMessage) -> None:
-            task = asyncio.create_task(_handle(message, handler, stopping))
+            task = asyncio.create_task(_handle(name, message, handler, stopping))
             handling.add(task)
             task.add_done_callback(handling.discard)
 
@@ -286,15 +309,19 @@ class _Link:
                 await self._connection.close()
 
 
-async def _handle(message: AbstractIncomingMessage, handler: Handler, stopping: asyncio.Event) -> None:
+def _delivery(message: AbstractIncomingMessage) -> Delivery:
     headers = {key: value for key, value in message.headers.items() if isinstance(value, str)}
-    delivery = Delivery(
+    return Delivery(
         body=message.body,
         type=headers.get("cloudEvents:type", message.routing_key or ""),
         message_id=message.message_id or "",
         headers=headers,
     )
-    trace_context.attach(propagate.extract(headers))  # this task's own context: nothing to detach
+
+
+async def _handle(queue: str, message: AbstractIncomingMessage, handler: Handler, stopping: asyncio.Event) -> None:
+    delivery = _delivery(message)
+    trace_context.attach(propagate.extract(delivery.headers))  # this task's own context: nothing to detach
     tries = 0
     while True:
         try:
@@ -306,7 +333,8 @@ async def _handle(message: AbstractIncomingMessage, handler: Handler, stopping: 
                 return  # unacknowledged: closing the channel gives it to another consumer
         except Exception:
             deliveries = _delivery_count(message)
-            log.exception("message not handled", extra=_described(delivery) | {"deliveries": deliveries})
+            said = "message set aside" if deliveries >= DELIVERY_LIMIT else "message not handled"
+            log.exception(said, extra=_described(delivery) | {"queue": queue, "deliveries": deliveries})
             await _set_within(stopping, _backoff_seconds(deliveries))
             with suppress(*_AWAY):
                 await message.nack(requeue=True)  # the broker sets it aside after DELIVERY_LIMIT

@@ -391,8 +391,7 @@ async def test_quotas_are_audited(person: Person, installation: Installation) ->
     assert (wrong, told.decode().splitlines()) == (
         1,
         [
-            "usr_ada, tasks 2026-11: counted 2 used + 1 reserved, ledger 1 used + 0 reserved, "
-            "reservations 0 used + 0 reserved",
+            "usr_ada, tasks 2026-11: counted 2 used + 1 reserved, ledger 1 used + 0 reserved, reservations 0 used + 0 reserved",  # noqa: E501
             "tsk_1/1: is BOUND, its task wants it SETTLED",
             "Drift 1; of 51 reservations of tasks 1 are not as their tasks are.",
         ],

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from atelier.task.v1 import events_pb2
 from sqlalchemy import MetaData, func, select
 
-from mesh import broker, database, ids, outbox
+from mesh import broker, database, ids, outbox, redrive
 from mesh.broker import Broker, Delivery
 from mesh.errors import Unavailable
 from mesh.events import event
@@ -20,6 +21,8 @@ from tests import rabbitmq
 from tests.eventually import eventually
 
 pytestmark = pytest.mark.timeout(180)
+
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 metadata = MetaData()
 table = outbox.table(metadata)
@@ -45,12 +48,14 @@ def queue() -> str:
 
 class Recorder:
     def __init__(self) -> None:
+        self.deliveries: list[Delivery] = []
         self.bodies: list[bytes] = []
         self.failures: list[Exception] = []  # raised first, one for each call
 
     async def __call__(self, delivery: Delivery) -> None:
         if self.failures:
             raise self.failures.pop()
+        self.deliveries.append(delivery)
         self.bodies.append(delivery.body)
 
 
@@ -123,18 +128,21 @@ async def test_the_consumers_of_a_queue_are_counted(opened: Broker, queue: str) 
     assert nobody == 0
 
 
-async def test_a_message_that_cannot_be_handled_is_set_aside_and_the_next_goes_on(opened: Broker, queue: str) -> None:
-    recorder, tries = Recorder(), 0
+async def test_a_message_that_cannot_be_handled_is_set_aside_and_the_next_goes_on(
+    opened: Broker, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """R-03, with the redrive that follows."""
+    recorder, tries, mended = Recorder(), 0, False
 
     async def fail_on_poison(delivery: Delivery) -> None:
         nonlocal tries
-        if delivery.body == b"poison":
+        if delivery.body == b"poison" and not mended:
             tries += 1
             raise ValueError("cannot be read")
         await recorder(delivery)
 
     await declare(opened, queue)
-    await opened.publish(permit(queue, b"poison"))
+    await opened.publish(replace(permit(queue, b"poison"), message_id="evt_1", headers={"traceparent": TRACEPARENT}))
     await opened.publish(permit(queue, b"good"))
     async with background(opened.consume(queue, fail_on_poison)):
 
@@ -143,8 +151,35 @@ async def test_a_message_that_cannot_be_handled_is_set_aside_and_the_next_goes_o
 
         await eventually(set_aside, within_seconds=60)
         await eventually(lambda: recorder.bodies == [b"good"])
+        assert tries == broker.DELIVERY_LIMIT + 1
+        [said] = [record for record in caplog.records if record.getMessage() == "message set aside"]
+        assert (said.queue, said.message_id, str(said.exc_info[1])) == (queue, "evt_1", "cannot be read")
 
-    assert tries == broker.DELIVERY_LIMIT + 1
+        mended = True
+        given_back = [letter async for letter in opened.redrive(queue)]
+        await eventually(lambda: recorder.bodies == [b"good", b"poison"])
+
+    again = recorder.deliveries[-1]
+    assert [(letter.message_id, letter.body) for letter in given_back] == [("evt_1", b"poison")]
+    assert (again.message_id, again.headers) == ("evt_1", {"traceparent": TRACEPARENT})
+    assert await opened.depth(f"{queue}.dead") == 0
+    assert [letter async for letter in opened.redrive(queue)] == []
+
+
+async def test_what_is_redriven_says_so(
+    opened: Broker, queue: str, node: rabbitmq.Node, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await declare(opened, queue)
+    await opened.publish(replace(permit(f"{queue}.dead"), message_id="evt_2", headers={"traceparent": TRACEPARENT}))
+    monkeypatch.setenv("ATELIER_BROKER_URL", node.url)
+
+    code = await asyncio.to_thread(redrive.main, [queue])
+
+    assert (code, await opened.depth(queue)) == (0, 1)
+    assert capsys.readouterr().out.splitlines() == [
+        f"evt_2  {queue}.dead  trace {TRACEPARENT.split('-')[1]}",
+        f"1 messages are in {queue} again.",
+    ]
 
 
 async def test_a_message_waits_as_long_as_what_it_needs_is_unavailable(opened: Broker, queue: str) -> None:
