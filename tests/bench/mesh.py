@@ -22,7 +22,8 @@ from atelier.user.v1 import user_pb2, user_pb2_grpc
 
 from mesh import certificates, channel, service
 from mesh.config import ServiceConfig
-from scripts.local.layout import BIN, ROOT, TOOLS, Layout, mesh_environment
+from scripts.local.layout import BIN, Layout, mesh_environment
+from tests.bench.peers import python_with
 from tests.bench.report import Figures, arguments, tell
 from tests.eventually import eventually
 from tests.installation import Mesh, running
@@ -32,8 +33,6 @@ CALLERS = 32  # at once, for throughput
 SECONDS = 2.0  # of throughput, a round; short, so that rounds compare what the machine did at the same time
 LATENCIES = 300  # one at a time, for latency, a round
 
-NAMEKO = TOOLS / "nameko"
-NAMEKO_LOCK = ROOT / "requirements" / "nameko.txt"
 NAMEKO_SECONDS, NAMEKO_TRIES = 20, 5  # now and then a caller finds its replies lost, and waits for ever
 NAMEKO_PEER = Path(__file__).with_name("nameko_peer.py")
 
@@ -177,17 +176,6 @@ def used_by(process: psutil.Process) -> float:
     return times.user + times.system
 
 
-def nameko() -> Path:
-    """Return a Python that has nameko, which is installed at the first run, and where nobody else imports it."""
-    mark, wanted = NAMEKO / "lock", NAMEKO_LOCK.read_text()
-    if not mark.exists() or mark.read_text() != wanted:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", NAMEKO], check=True)
-        pip = [NAMEKO / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-        subprocess.run([*pip, "--require-hashes", "-r", NAMEKO_LOCK], check=True, stdout=sys.stderr)
-        mark.write_text(wanted)
-    return NAMEKO / "bin" / "python"
-
-
 class Program:
     """A server or a caller of its own process, which says one line when it is there."""
 
@@ -230,7 +218,7 @@ def measure(mesh: Mesh, rounds: int) -> list[Figures]:
     }
     # The real user service makes room: every call goes to the stand-in.
     subprocess.run([BIN / "supervisorctl", "-s", f"unix://{layout.socket}", "stop", "user-1"], check=True, stdout=2)
-    python, url = nameko(), environment["ATELIER_BROKER_URL"]
+    python, url = python_with("nameko"), environment["ATELIER_BROKER_URL"]
     figured = [
         Figures("bare grpc.aio, mTLS"), Figures("bare grpc.aio, in clear"), Figures("mesh call"), Figures("nameko rpc"),
     ]  # fmt: skip

@@ -33,11 +33,13 @@ class Figures:
         return [ours / theirs for ours, theirs in zip(self.values[measure], peer.values[measure], strict=True)]
 
 
-def arguments(description: str, rounds: int) -> argparse.Namespace:
-    """Return the options that every benchmark has."""
+def arguments(description: str, rounds: int, **counts: int) -> argparse.Namespace:
+    """Return the options that every benchmark has, and those of `counts`, with their defaults."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds of each, in turn (default {rounds})")
+    for name, default in counts.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     return parser.parse_args()
 
 

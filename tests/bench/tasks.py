@@ -1,0 +1,341 @@
+"""Durable tasks from submission to their end, against Celery and Dramatiq on the same broker and database."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+from atelier.task.v1 import task_pb2
+from atelier.task.v1.task_pb2_grpc import TaskServiceStub
+
+from mesh import broker, certificates, channel
+from mesh.broker import Delivery
+from scripts.local import postgresql
+from scripts.local.layout import BIN, ROOT, Layout, mesh_environment
+from services.media.config import WorkerConfig
+from services.media.worker.tasks import POOL, QUEUE
+from tests.bench.peers import python_with
+from tests.bench.report import Figures, arguments, tell
+from tests.eventually import eventually
+from tests.installation import Mesh, running
+from tests.people import Person, registered
+from tests.photographs import photograph
+
+WORKERS = 2  # processes
+IN_HAND = 50  # permits of a worker of ours at a time: one claim for all that have come
+THREADS = 4  # of a worker process of Dramatiq
+BATCH = 1000
+JOBS = {"no-op": 0.0, "5 ms": 0.005}
+MAX_SECONDS = 600.0  # of a round
+LATENCIES = 200  # submissions one at a time, at half of what was the throughput
+
+UNLIMITED = {"CONTROL_RATE_READ": "1000000:1000000", "CONTROL_RATE_WRITE": "1000000:1000000"}
+OURS_ENDED = "SELECT count(*) FROM task WHERE end_time IS NOT NULL"
+CELERY_ENDED = "SELECT count(*) FROM celery_taskmeta WHERE status = 'SUCCESS'"
+DRAMATIQ_ENDED = "SELECT count(*) FROM dramatiq_done"
+
+HOW = (
+    "Submitted by one program as fast as it can, until all have ended; {count} tasks a round. {workers} worker "
+    "processes each, the same RabbitMQ and PostgreSQL. Ours: batches of 1,000 by JSON through the edge; owner, files "
+    "and quota checked, an idempotency key, history, events settled in quota. Celery: quorum queue, publisher "
+    "confirms, late acknowledgement, results in PostgreSQL. Dramatiq: classic durable queue (it knows no other), "
+    "publisher confirms, a row in PostgreSQL at the end. Latency is of single submissions at half of each one's own "
+    "throughput. SQLite: ours, with that instead."
+)
+
+
+async def work(seconds: str) -> None:
+    """Do tasks that need no file: take permits, claim for all of them at once, complete each."""
+    config, loop = WorkerConfig(), asyncio.get_running_loop()
+    permits: asyncio.Queue[asyncio.Future[None]] = asyncio.Queue()
+
+    async def take(_permit: Delivery) -> None:
+        permit = loop.create_future()
+        permits.put_nowait(permit)
+        await permit
+
+    async with (
+        certificates.kept(config) as leaf,
+        broker.opened(config.broker_url) as bus,
+        channel.opened("task", config, leaf) as opened,
+    ):
+        tasks, ending = TaskServiceStub(opened), asyncio.Semaphore(IN_HAND)
+
+        async def complete(task: task_pb2.Task) -> None:
+            async with ending:
+                await tasks.CompleteTask(
+                    task_pb2.CompleteTaskRequest(
+                        task_id=task.task_id, attempt=task.attempt, output_file_ids=[task.input_file_id]
+                    )
+                )
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(bus.consume(QUEUE, take, prefetch=IN_HAND))
+            while True:
+                taken = [await permits.get()]
+                while not permits.empty():
+                    taken.append(permits.get_nowait())
+                claim = await tasks.ClaimTask(
+                    task_pb2.ClaimTaskRequest(pool=POOL, worker_id=config.instance, max_tasks=len(taken))
+                )
+                for permit in taken:
+                    permit.set_result(None)
+                for assignment in [claim.assignment, *claim.others] if claim.HasField("assignment") else []:
+                    end = time.perf_counter() + float(seconds)
+                    while time.perf_counter() < end:
+                        pass
+                    group.create_task(complete(assignment.task))
+                    await asyncio.sleep(0)
+
+
+class Contestant:
+    """Whoever does tasks.
+
+    Args:
+        submit: queues `count` tasks, `rate` a second or as fast as it can (0); returns what each call took, seconds.
+        ended: returns how many have ended, ever.
+    """
+
+    def __init__(self, figures: Figures, submit: Callable[[int, float], list[float]], ended: Callable[[], int]) -> None:
+        self.figures = figures
+        self._submit = submit
+        self._ended = ended
+
+    def round(self, count: int) -> None:
+        before, began = self._ended(), time.perf_counter()
+        self._submit(count, 0)
+        throughput = count / (self._until(before + count) - began)
+        taken = sorted(self._submit(LATENCIES, throughput / 2))
+        self._until(before + count + LATENCIES)
+        self.figures.add(
+            throughput=throughput,
+            median_latency=taken[len(taken) // 2] * 1000,
+            p99_latency=taken[int(len(taken) * 0.99)] * 1000,
+        )
+
+    def _until(self, ended: int) -> float:
+        deadline = time.perf_counter() + MAX_SECONDS
+        while (present := self._ended()) < ended:
+            if time.perf_counter() > deadline:
+                raise RuntimeError(f"{self.figures.name}: only {present} of {ended} tasks have ended")
+            time.sleep(0.05)
+        return time.perf_counter()
+
+
+@contextmanager
+def programs(command: list[Any], environment: dict[str, str], count: int = 1) -> Iterator[None]:
+    """Hold `count` processes; NUMBER in their environment is theirs."""
+    started = [
+        subprocess.Popen(
+            command,
+            env={name: value.replace("NUMBER", str(number)) for name, value in environment.items()},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL if "BENCH_LOUD" not in os.environ else None,
+            cwd=ROOT,
+        )
+        for number in range(count)
+    ]
+    try:
+        yield
+    finally:
+        for each in started:
+            each.terminate()
+        for each in started:
+            with suppress(subprocess.TimeoutExpired):
+                each.wait(20)
+            each.kill()
+
+
+@contextmanager
+def ours(mesh: Mesh, name: str, seconds: float, ended: Callable[[], int]) -> Iterator[Contestant]:
+    layout = Layout.from_environment(mesh.environment)
+    environment = {**os.environ, **mesh_environment(layout, {}, mesh.secret("broker"))}
+    code = f"import uvloop; from tests.bench import tasks; uvloop.run(tasks.work('{seconds}'))"
+    # The real worker makes room for those that need no file.
+    subprocess.run(
+        [BIN / "supervisorctl", "-s", f"unix://{layout.socket}", "stop", "media-worker-1"], check=True, stdout=2
+    )
+    with (
+        asyncio.Runner() as runner,
+        programs([sys.executable, "-c", code], {**environment, "ATELIER_INSTANCE": "media-worker-1NUMBER"}, WORKERS),
+    ):
+        holding = customer(mesh)
+        person, file_id = runner.run(holding.__aenter__())
+        item = {"inputFileId": file_id, "operation": {"resize": {"width": 8}}}
+
+        async def call(path: str, body: dict[str, Any]) -> float:
+            sent = time.perf_counter()
+            response = await person.http.post(path, json=body, headers={"idempotency-key": str(time.monotonic_ns())})
+            if response.status_code != httpx.codes.OK:
+                raise RuntimeError(response.text)
+            return time.perf_counter() - sent
+
+        async def submit(count: int, rate: float) -> list[float]:
+            await person.sign_in()  # a token lives five minutes
+            if not rate:
+                sizes = [min(BATCH, count - done) for done in range(0, count, BATCH)]
+                return [await call(f"{mesh.url}/api/v1/tasks:batch", {"items": [item] * size}) for size in sizes]
+            calls, began = [], time.perf_counter()
+            for number in range(count):
+                await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
+                calls.append(asyncio.create_task(call("tasks", item)))
+            return await asyncio.gather(*calls)
+
+        try:
+            yield Contestant(Figures(name), lambda count, rate: runner.run(submit(count, rate)), ended)
+        finally:
+            runner.run(holding.__aexit__(None, None, None))
+
+
+@asynccontextmanager
+async def customer(mesh: Mesh) -> AsyncIterator[tuple[Person, str]]:
+    """Hold somebody whose quota is not what is measured, and a file."""
+    async with registered(mesh.url) as person:
+        grant = {"login": person.username, "secret": mesh.secret("admin")}
+        (await person.http.post(f"{mesh.url}/api/v1/users:grantAdmin", json=grant)).raise_for_status()
+
+        async def unlimited() -> bool:
+            await person.sign_in()
+            answer = await person.http.post(f"users/{person.user_id}/quota:set", json={"tasks": str(10**9)})
+            answer.raise_for_status()
+            return True
+
+        await eventually(unlimited, within_seconds=15)
+        file = await person.http.post("files", params={"name": "a.jpg"}, content=photograph().read_bytes())
+        yield person, file.json()["fileId"]
+
+
+@contextmanager
+def peer(
+    name: str, figures: Figures, seconds: float, environment: dict[str, str], ended: Callable[[], int]
+) -> Iterator[Contestant]:
+    python = python_with("celery")
+    environment = {**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parent)}
+    worker = {
+        "celery_peer": [
+            "celery",
+            "-A",
+            "celery_peer",
+            "worker",
+            "-Q",
+            "celery_peer",
+            "-c",
+            str(WORKERS),
+            "-l",
+            "ERROR",
+        ],
+        "dramatiq_peer": ["dramatiq", "dramatiq_peer", "-p", str(WORKERS), "-t", str(THREADS)],
+    }[name]
+
+    def submit(count: int, rate: float) -> list[float]:
+        command = [python, f"{Path(__file__).parent}/{name}.py", "submit", str(count), str(seconds), str(rate)]
+        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, timeout=600)
+        taken: list[float] = json.loads(done.stdout)
+        return taken
+
+    with programs([python.with_name(worker[0]), *worker[1:]], environment):
+        yield Contestant(figures, submit, ended)
+
+
+@contextmanager
+def on_sqlite(folder: Path) -> Iterator[tuple[Mesh, Callable[[], int]]]:
+    with (
+        running(folder / "var", settings=UNLIMITED) as mesh,
+        closing(sqlite3.connect(mesh.var / "data/task.db")) as sql,
+    ):
+        yield mesh, lambda: int(sql.execute(OURS_ENDED).fetchone()[0])
+
+
+@contextmanager
+def on_postgresql(folder: Path) -> Iterator[tuple[Mesh, Callable[[str, str], Callable[[], int]]]]:
+    """Hold a mesh; yield it, and what makes counters of a query in a database."""
+    with running(folder / "var", "--postgres", settings=UNLIMITED) as mesh, ExitStack() as stack:
+        port, password = Layout.from_environment(mesh.environment).postgresql_port, mesh.secret("postgresql")
+        with postgresql.connect(port, password) as admin:
+            admin.execute("CREATE DATABASE peers")
+        with postgresql.connect(port, password, "peers") as admin:
+            admin.execute("CREATE TABLE dramatiq_done (name text PRIMARY KEY)")
+
+        def counter(database: str, query: str) -> Callable[[], int]:
+            sql = stack.enter_context(postgresql.connect(port, password, database))
+
+            def count() -> int:
+                with suppress(psycopg.errors.UndefinedTable):  # Celery makes its own, in time
+                    return int(str(sql.execute(query).fetchone()[0]))
+                return 0
+
+            return count
+
+        yield mesh, counter
+
+
+def measure(folder: Path, job: str, rounds: int, count: int) -> list[Figures]:
+    seconds, name = JOBS[job], f"Atelier, {job}"
+    with on_sqlite(folder / "sqlite") as (mesh, ended), ours(mesh, f"{name}, SQLite", seconds, ended) as contestant:
+        for _ in range(rounds):
+            contestant.round(count)
+        alone = contestant.figures
+    with on_postgresql(folder / "postgresql") as (mesh, counter), ExitStack() as stack:
+        layout = Layout.from_environment(mesh.environment)
+        place = f"{postgresql.ADMIN}:{mesh.secret('postgresql')}@127.0.0.1:{layout.postgresql_port}/peers"
+        environment = {
+            "PEER_BROKER_URL": mesh_environment(layout, {}, mesh.secret("broker"))["ATELIER_BROKER_URL"],
+            "PEER_DATABASE_URL": f"postgresql+psycopg://{place}",
+            "PEER_DATABASE_DSN": f"postgresql://{place}",
+            "dramatiq_queue_prefetch": str(8 * THREADS),
+        }
+        contestants = [
+            stack.enter_context(each)
+            for each in (
+                ours(mesh, f"{name}, PostgreSQL", seconds, counter("task", OURS_ENDED)),
+                peer("celery_peer", Figures(f"Celery, {job}"), seconds, environment, counter("peers", CELERY_ENDED)),
+                peer(
+                    "dramatiq_peer", Figures(f"Dramatiq, {job}"), seconds, environment, counter("peers", DRAMATIQ_ENDED)
+                ),
+            )
+        ]
+        for _ in range(rounds):
+            for each in contestants:
+                each.round(count)
+    return [*(each.figures for each in contestants), alone]
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", rounds=5, tasks=5000)
+    found: list[Figures] = []
+    ratios: dict[str, list[float]] = {}
+    for job in JOBS:
+        folder = Path(tempfile.mkdtemp(prefix="atelier-"))
+        folder.chmod(0o711)  # PostgreSQL runs as another user
+        try:
+            through, celery, dramatiq, alone = measure(folder, job, options.rounds, options.tasks)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        found += [through, celery, dramatiq, alone]
+        ratios[f"celery, {job}"] = through.ratios("throughput", celery)
+        ratios[f"dramatiq, {job}"] = through.ratios("throughput", dramatiq)
+    tell(
+        "Durable tasks",
+        HOW.format(count=options.tasks, workers=WORKERS),
+        found,
+        {"throughput": "tasks/s", "median_latency": "ms", "p99_latency": "ms"},
+        ratios,
+        as_json=options.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
