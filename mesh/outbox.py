@@ -37,6 +37,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from mesh import crash
 from mesh.database import Database, Timestamp, advisory_lock, now
 from mesh.errors import Unavailable
 
@@ -159,6 +160,7 @@ class Relay:
         claimed, lease_end = await self._claim()
         if not claimed:
             return False
+        crash.point("publish: messages taken")
 
         lanes: defaultdict[str, list[int]] = defaultdict(list)
         for position, message in claimed.items():
@@ -174,6 +176,7 @@ class Relay:
                     log.warning("message has no taker yet", extra={"failure": failure.message})
                     unroutable.update(lane[done:])
                     return
+                crash.point("publish: confirmed")
                 confirmed.add(position)
 
         try:
@@ -230,7 +233,9 @@ class Relay:
         rows = self._table
         async with self._database.transaction() as connection:
             await connection.execute(delete(rows).where(rows.c.position.in_(confirmed)))
+            crash.point("publish: rows deleted")
             if unsent:
                 # The end of the lease tells this claim from a later one of the same row.
                 mine = rows.c.position.in_(unsent) & (rows.c.claimed_until == lease_end)
                 await connection.execute(update(rows).where(mine).values(claimed_until=None))
+        crash.point("publish: done")

@@ -18,7 +18,7 @@ from atelier.task.v1 import task_pb2_grpc
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 from google.api.httpbody_pb2 import HttpBody
 
-from mesh import bounds, capability, context, ids, status, telemetry, wire
+from mesh import bounds, capability, context, crash, ids, status, telemetry, wire
 from mesh.clock import Clock
 from mesh.errors import InvalidArgument, MeshError, NotFound
 from services.task import convert, domain, sse
@@ -75,6 +75,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             # a crash left half done the next one finishes.
             fingerprint = convert.fingerprint(request)
             task_id = await self._tasks.adopt(user.user_id, "CreateTask", request.request_id, fingerprint, task_id)
+            crash.point("create: key kept")
             present = await self._tasks.find(task_id)
             if present is not None:
                 return convert.task_to_proto(present)
@@ -82,6 +83,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         file_ids = tuple(dict.fromkeys(bounds.file_references(request)))
         for file_id in file_ids:
             await self._require_supported(file_id, user.user_id)
+        crash.point("create: file known")
 
         step = partial(
             domain.created,
@@ -96,6 +98,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             trace_id=telemetry.trace_id(),
         )
         reserved_time = await self._reserve(user.user_id, [task_id], round_=1)
+        crash.point("create: quota reserved")
 
         def create(now: datetime) -> Change:
             domain.require_fresh(reserved_time, self._clock.now())

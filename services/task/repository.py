@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh import idempotency, lock, outbox
+from mesh import crash, idempotency, lock, outbox
 from mesh.database import Database, Timestamp, insert_if_absent, now
 from services.task.domain import (
     FORGET,
@@ -110,7 +110,10 @@ class SqlTasks:
             if not await insert_if_absent(connection, task_table, _columns(change.task)):
                 # On PostgreSQL another call with the same key can slip in between: its task is ours.
                 return require_found(await _locked(connection, task_id), task_id)
+            crash.point("create: task written")
             await self._tell(connection, [None], [change])
+            crash.point("create: events written")
+        crash.point("create: committed")
         self._committed(task_id)
         return change.task
 
@@ -158,6 +161,8 @@ class SqlTasks:
         async with self._database.transaction() as connection:
             task = require_found(await _locked(connection, task_id), task_id, owner)
             [change] = await self._take(connection, [task], step)
+            crash.point(f"{change.task.state}: written")
+        crash.point(f"{change.task.state}: committed")
         if change.task.version != task.version:
             self._committed(task_id)
         return change.task
@@ -165,6 +170,8 @@ class SqlTasks:
     async def claim(self, pool: str, count: int, step: Step) -> list[Task]:
         async with self._database.transaction() as connection:
             changes = await self._take(connection, await _next(connection, pool, count), step)
+            crash.point("claim: written")
+        crash.point("claim: committed")
         for change in changes:
             self._committed(change.task.task_id)
         return [change.task for change in changes]

@@ -26,7 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh import idempotency, inbox, lock
+from mesh import crash, idempotency, inbox, lock
 from mesh.database import Database, insert_if_absent
 from mesh.errors import MeshError
 from services.user.domain import (
@@ -185,8 +185,10 @@ class SqlQuotas:
                     await connection.execute(delete(reservation).where(_among(released)))
                 await connection.execute(insert(reservation), [_reservation_columns(each, now) for each in fresh])
                 await connection.execute(insert(ledger), [_entry(each, 0, amount, now) for each in fresh])
-            present = kept | {each.reservation_id: each for each in fresh}
-            return [present[each] for each in reservation_ids]
+            crash.point(f"quota for {kind}: written")
+        crash.point(f"quota for {kind}: committed")
+        present = kept | {each.reservation_id: each for each in fresh}
+        return [present[each] for each in reservation_ids]
 
     async def move(self, reservation_id: str, target: State, now: datetime) -> Reservation | None:
         async with self._database.transaction() as connection:
@@ -195,7 +197,10 @@ class SqlQuotas:
     async def follow(self, event_id: str, reservation_id: str, target: State, now: datetime) -> None:
         async with self._database.transaction() as connection:
             if await inbox.first_time(connection, inbox_table, "user.events", event_id):
+                crash.point(f"quota {target}: event noted")
                 await _move(connection, reservation_id, target, now)
+                crash.point(f"quota {target}: written")
+        crash.point(f"quota {target}: committed")
 
     async def resolve(self, reservation_id: str, target: State, held_before: datetime, now: datetime) -> None:
         async with self._database.transaction() as connection:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.chaos.__main__ import SETTINGS
 from tests.chaos.storm import storm
-from tests.installation import running
+from tests.installation import Mesh
 
 SEED, SECONDS = 20261121, 20
 
 
 @pytest.mark.timeout(420)
-async def test_a_storm_loses_nothing_and_does_nothing_twice(tmp_path: Path) -> None:
-    with running(tmp_path / "var", replicas=2, settings=SETTINGS) as mesh:
-        report = await storm(mesh, seed=SEED, seconds=SECONDS, people=3, tell=print)
+async def test_a_storm_loses_nothing_and_does_nothing_twice(mesh: Mesh) -> None:
+    report = await storm(mesh, seed=SEED, seconds=SECONDS, people=3, tell=print)
 
     assert report.findings.wrong == []
     assert report.faults.total() > 5

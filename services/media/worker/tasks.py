@@ -13,7 +13,7 @@ from typing import Any
 from atelier.storage.v1 import storage_pb2, storage_pb2_grpc
 from atelier.task.v1 import task_pb2, task_pb2_grpc
 
-from mesh import bounds
+from mesh import bounds, crash
 from mesh.broker import Broker, Delivery
 from mesh.errors import DeadlineExceeded, Internal, MeshError, Unavailable
 from services.media.convert import operation_from
@@ -132,6 +132,7 @@ class Worker:
         if not claim.HasField("assignment"):
             self._free.put_nowait(slot)
             return
+        crash.point("worker: claimed")
         working = asyncio.create_task(self._carry_out(claim.assignment, Lease(claim.assignment, sent_at), slot))
         self._working.add(working)
         working.add_done_callback(self._working.discard)
@@ -167,7 +168,9 @@ class Worker:
             await self._fail(lease, Internal("The worker failed."))
         else:
             keeping.cancel()
+            crash.point("worker: result stored")
             outcome = await self._complete(lease, file_id)
+            crash.point("worker: completed")
         finally:
             keeping.cancel()
             await slot.clear()

@@ -1,0 +1,135 @@
+"""A process dies at each point between the statements that make, send, hand out, end and charge a task.
+
+The points are those of `mesh.crash`, each reached for real, one after another, in one mesh that goes on working. In the
+end nothing is lost, nothing was done twice, and nothing is left over.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sqlite3
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from mesh import crash
+from tests.chaos.audit import UNCONFIRMED, UNFINISHED, Evidence, audited
+from tests.chaos.journal import Job
+from tests.chaos.storm import at_rest
+from tests.eventually import eventually
+from tests.installation import ROOT, Mesh
+from tests.people import Person, registered
+from tests.photographs import photograph
+
+# Workers last: what their deaths leave waits for a lease to lapse, and that passes for all of it at once.
+POINTS = (
+    "create: key kept",
+    "create: file known",
+    "quota for tasks: written",
+    "quota for tasks: committed",
+    "create: quota reserved",
+    "create: task written",
+    "create: events written",
+    "create: committed",
+    "publish: messages taken",
+    "publish: confirmed",
+    "publish: rows deleted",
+    "publish: done",
+    "quota bound: event noted",
+    "quota bound: written",
+    "quota bound: committed",
+    "claim: written",
+    "claim: committed",
+    "SUCCEEDED: written",
+    "SUCCEEDED: committed",
+    "quota settled: event noted",
+    "quota settled: written",
+    "quota settled: committed",
+    "worker: claimed",
+    "worker: result stored",
+    "worker: completed",
+)
+
+
+def test_the_points_in_the_code_are_those_that_are_tried() -> None:
+    patterns = [re.compile(pattern) for folder in ("mesh", "services") for pattern in points(ROOT / folder)]
+
+    assert [each.pattern for each in patterns if not any(map(each.fullmatch, POINTS))] == []
+    assert [name for name in POINTS if not any(each.fullmatch(name) for each in patterns)] == []
+
+
+def points(folder: Path) -> Iterator[str]:
+    """Yield what the names of the points in a folder look like; what stands in braces is some word."""
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "crash.point":
+                [name] = node.args
+                parts = name.values if isinstance(name, ast.JoinedStr) else [name]
+                yield "".join(
+                    re.escape(str(part.value)) if isinstance(part, ast.Constant) else r"\w+" for part in parts
+                )
+
+
+@pytest.mark.timeout(420)
+async def test_a_process_that_dies_at_any_point_loses_nothing_and_does_nothing_twice(mesh: Mesh, armed: Path) -> None:
+    jobs: list[Job] = []
+    async with registered(mesh.url) as person:
+        file_id = await uploaded(person)
+        for number, name in enumerate(POINTS):
+            (armed / name).touch()
+            jobs.append(await accepted(person, file_id, width=20 + number))
+            await eventually((armed / f"{name}{crash.HIT}").exists, within_seconds=60)
+        evidence = await settled(mesh, jobs)
+
+    assert audited(evidence, jobs).wrong == []
+    mine = [task for task in evidence.rows["task", "task"] if task["user_id"] == person.user_id]
+    assert [task["state"] for task in mine] == ["SUCCEEDED"] * len(POINTS)
+    assert {task["task_id"] for task in mine} == {job.task_ids[0] for job in jobs}
+
+
+async def uploaded(person: Person) -> str:
+    file = await person.http.post("files", params={"name": "a.jpg"}, content=photograph().read_bytes())
+    assert file.is_success, file.text
+    return str(file.json()["fileId"])
+
+
+async def accepted(person: Person, file_id: str, *, width: int) -> Job:
+    """Ask for a task, again and again under one key, until that is answered."""
+    operation = {"resize": {"width": width}}
+    job = Job(person.user_id, uuid.uuid4().hex, file_id, json.dumps(operation))
+    wanted = {"inputFileId": file_id, "operation": operation}
+
+    async def created() -> httpx.Response | None:
+        with suppress(httpx.TransportError):
+            answer = await person.http.post("tasks", json=wanted, headers={"idempotency-key": job.key})
+            return None if answer.is_server_error else answer
+        return None
+
+    answer: httpx.Response = await eventually(created, within_seconds=60)
+    assert answer.is_success, answer.text
+    job.task_ids.append(answer.json()["taskId"])
+    return job
+
+
+async def settled(mesh: Mesh, jobs: list[Job]) -> Evidence:
+    """Return what the mesh keeps once nothing is under way, or waits to be put right."""
+
+    async def put_right() -> Evidence | None:
+        evidence = await at_rest(mesh)
+        pending = audited(evidence, jobs).pending
+        if pending:
+            # Storage looks at what a dead worker left after minutes, of which the audit grants it twice as many.
+            ago = [int(time.total_seconds() * 0.6 * 1_000_000) for time in (UNCONFIRMED, UNFINISHED)]
+            age = "UPDATE file SET create_time = min(create_time, ? - iif(ready, ?, ?)) WHERE NOT (ready AND confirmed)"
+            with closing(sqlite3.connect(mesh.var / "data" / "storage.db", timeout=30)) as storage, storage:
+                storage.execute(age, [evidence.now, *ago])
+        return None if pending else evidence
+
+    evidence: Evidence = await eventually(put_right, within_seconds=120)
+    return evidence
