@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from typing import cast
 
 import aio_pika
 import pamqp.exceptions
@@ -62,6 +63,8 @@ class Delivery:
 
 
 Handler = Callable[[Delivery], Awaitable[None]]
+Handlers = Callable[[Sequence[Delivery]], Awaitable[None]]
+"""Handles messages together: all or none."""
 
 
 @asynccontextmanager
@@ -141,10 +144,29 @@ class Broker:
             prefetch: 1 keeps the order.
             bindings: types of events that the queue wants.
         """
+
+        async def handle(deliveries: Sequence[Delivery]) -> None:
+            [delivery] = deliveries
+            await handler(delivery)
+
+        await self._consume(queue, handle, prefetch, bindings, together=False)
+
+    async def consume_together(
+        self, queue: str, handler: Handlers, *, at_most: int, bindings: Sequence[str] = ()
+    ) -> None:
+        """As `consume`, but for all messages that wait, up to `at_most`, in one call; one call at a time.
+
+        When that fails for good each of them is tried by itself, so that one which cannot be handled stops no other.
+        """
+        await self._consume(queue, handler, at_most, bindings, together=True)
+
+    async def _consume(
+        self, queue: str, handler: Handlers, prefetch: int, bindings: Sequence[str], *, together: bool
+    ) -> None:
         while True:
             try:
                 with _unavailable():
-                    await self._consume_until_lost(queue, handler, prefetch, bindings)
+                    await self._consume_until_lost(queue, handler, prefetch, bindings, together=together)
                 log.warning("consumer lost the broker", extra={"queue": queue})
             except Unavailable as failure:
                 log.warning("consumer waits", extra={"queue": queue, "failure": repr(failure.__cause__ or failure)})
@@ -240,14 +262,25 @@ class Broker:
                 self._broadcasts[name] = await _declared_broadcast(self._unconfirmed, name)
             return self._broadcasts[name]
 
-    async def _consume_until_lost(self, name: str, handler: Handler, prefetch: int, bindings: Sequence[str]) -> None:
+    async def _consume_until_lost(
+        self, name: str, handler: Handlers, prefetch: int, bindings: Sequence[str], *, together: bool
+    ) -> None:
         stopping, lost = asyncio.Event(), asyncio.Event()
         handling: set[asyncio.Task[None]] = set()
+        waiting: list[AbstractIncomingMessage] = []
+
+        async def handle() -> None:
+            try:
+                while waiting and not stopping.is_set():
+                    messages, waiting[:] = waiting[:], []
+                    await _handle(name, messages, handler, stopping)
+            finally:
+                handling.discard(cast("asyncio.Task[None]", asyncio.current_task()))
 
         async def received(message: AbstractIncomingMessage) -> None:
-            task = asyncio.create_task(_handle(name, message, handler, stopping))
-            handling.add(task)
-            task.add_done_callback(handling.discard)
+            waiting.append(message)
+            if not together or not handling:
+                handling.add(asyncio.create_task(handle()))
 
         connection = await self._consuming.connection()
         async with asyncio.timeout(CONNECT_SECONDS):
@@ -319,29 +352,39 @@ def _delivery(message: AbstractIncomingMessage) -> Delivery:
     )
 
 
-async def _handle(queue: str, message: AbstractIncomingMessage, handler: Handler, stopping: asyncio.Event) -> None:
-    delivery = _delivery(message)
-    trace_context.attach(propagate.extract(delivery.headers))  # this task's own context: nothing to detach
+async def _handle(
+    queue: str, messages: Sequence[AbstractIncomingMessage], handler: Handlers, stopping: asyncio.Event
+) -> None:
+    deliveries = [_delivery(each) for each in messages]
+    first = deliveries[0]
+    alone = len(messages) == 1
+    # This task's own context: nothing to detach. What belongs to several traces is logged for none.
+    trace_context.attach(propagate.extract(first.headers if alone else {}, context=trace_context.Context()))
     tries = 0
     while True:
         try:
-            await handler(delivery)
+            await handler(deliveries)
         except _TRANSIENT as failure:
             tries += 1
-            log.warning("message waits", extra=_described(delivery) | {"failure": failure.message})
+            log.warning("message waits", extra=_described(first) | {"failure": failure.message})
             if await _set_within(stopping, _backoff_seconds(tries)):
                 return  # unacknowledged: closing the channel gives it to another consumer
         except Exception:
-            deliveries = _delivery_count(message)
-            said = "message set aside" if deliveries >= DELIVERY_LIMIT else "message not handled"
-            log.exception(said, extra=_described(delivery) | {"queue": queue, "deliveries": deliveries})
-            await _set_within(stopping, _backoff_seconds(deliveries))
+            if not alone:
+                for each in messages:
+                    await _handle(queue, [each], handler, stopping)
+                return
+            count = _delivery_count(messages[0])
+            said = "message set aside" if count >= DELIVERY_LIMIT else "message not handled"
+            log.exception(said, extra=_described(first) | {"queue": queue, "deliveries": count})
+            await _set_within(stopping, _backoff_seconds(count))
             with suppress(*_AWAY):
-                await message.nack(requeue=True)  # the broker sets it aside after DELIVERY_LIMIT
+                await messages[0].nack(requeue=True)  # the broker sets it aside after DELIVERY_LIMIT
             return
         else:
             with suppress(*_AWAY):  # lost meanwhile: it comes again, and the handler has seen it before
-                await message.ack()
+                # Those before the last one are with it, or were acknowledged earlier.
+                await messages[-1].ack(multiple=not alone)
             return
 
 

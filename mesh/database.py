@@ -222,10 +222,14 @@ async def now(connection: AsyncConnection) -> datetime:
     return time
 
 
+def insert(connection: AsyncConnection, table: Table) -> postgresql.Insert | sqlite.Insert:
+    """Return an INSERT that can say what to do ON CONFLICT."""
+    return (postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert)(table)
+
+
 async def insert_if_absent(connection: AsyncConnection, table: Table, values: Mapping[str, Any]) -> bool:
     """Insert a row; return False, changing nothing, when one of its unique keys is already there."""
-    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    statement = insert(table).values(values).on_conflict_do_nothing()
+    statement = insert(connection, table).values(values).on_conflict_do_nothing()
     result = await connection.execute(statement, execution_options={"preserve_rowcount": True})
     return result.rowcount == 1
 

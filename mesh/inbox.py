@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import timedelta
 
 from sqlalchemy import Column, MetaData, String, Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh.database import Timestamp, delete_some, insert_if_absent, now
+from mesh.database import Timestamp, delete_some, insert, now
 
 FORGOTTEN_AT_ONCE = 1000  # rows in one transaction, so that nobody who writes waits long for it
 
@@ -23,13 +24,13 @@ def table(metadata: MetaData) -> Table:
     )
 
 
-async def first_time(connection: AsyncConnection, table: Table, consumer: str, event_id: str) -> bool:
-    """Note that `consumer` takes `event_id` in this transaction; return False when it already has."""
-    return await insert_if_absent(
-        connection,
-        table,
-        {"consumer": consumer, "event_id": event_id, "receive_time": await now(connection)},
-    )
+async def first_time(connection: AsyncConnection, table: Table, consumer: str, event_ids: Iterable[str]) -> set[str]:
+    """Note that `consumer` takes events in this transaction; return those that it has not taken before."""
+    time = await now(connection)
+    # In one order, so that two who take the same ones wait for each other and do not meet crosswise.
+    rows = [{"consumer": consumer, "event_id": each, "receive_time": time} for each in sorted(set(event_ids))]
+    noted = insert(connection, table).values(rows).on_conflict_do_nothing().returning(table.c.event_id)
+    return set((await connection.execute(noted)).scalars())
 
 
 async def forget(connection: AsyncConnection, table: Table, older_than: timedelta) -> bool:

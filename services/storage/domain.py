@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -176,8 +176,11 @@ class Files(Protocol):
     async def result(self, task_id: str, attempt: int) -> File | None:
         """Return the file that an attempt wrote, ready or not."""
 
-    async def confirm(self, task_id: str, file_ids: Collection[str], event_id: str | None = None) -> None:
-        """Note that a task took its results; an event counts once."""
+    async def confirm(self, task_id: str, file_id: str) -> None:
+        """Note that a task took a result."""
+
+    async def follow(self, results: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+        """Note which tasks took which results, (task, file), by event; an event counts once."""
 
     async def refuse(self, file_id: str) -> bool:
         """Take a result away unless it is confirmed; say whether that was done, and so a debt stands."""

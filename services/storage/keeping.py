@@ -117,7 +117,7 @@ class Keeping:
     async def _judged(self, file: File) -> Verdict:
         found = verdict(file, await self._tasks.standing(file.task_id or ""))
         if found is Verdict.TAKEN:
-            await self._files.confirm(file.task_id or "", [file.file_id])
+            await self._files.confirm(file.task_id or "", file.file_id)
         return found
 
     async def _refuse(self, file: File) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, delete, func, select, update
+from sqlalchemy import ColumnElement, Row, bindparam, delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from mesh import idempotency, inbox, lock
@@ -18,6 +18,12 @@ from services.storage.tables import debt, file, idempotency_table, inbox_table, 
 
 SOME = 100  # rows that one round of upkeep takes at most, so that a round stays short
 EVENTS_KEPT = timedelta(days=7)  # far longer than the broker redelivers
+
+_CONFIRM = (
+    update(file)
+    .where(file.c.file_id == bindparam("key"), file.c.task_id == bindparam("of_task"))
+    .values(confirmed=True)
+)
 
 
 class SqlFiles:
@@ -101,11 +107,14 @@ class SqlFiles:
         async with self._database.reading() as connection:
             return await _one(connection, _of_attempt(task_id, attempt))
 
-    async def confirm(self, task_id: str, file_ids: Collection[str], event_id: str | None = None) -> None:
+    async def confirm(self, task_id: str, file_id: str) -> None:
         async with self._database.transaction() as connection:
-            if event_id is None or await inbox.first_time(connection, inbox_table, "storage.events", event_id):
-                taken = (file.c.task_id == task_id) & file.c.file_id.in_(file_ids)
-                await connection.execute(update(file).where(taken).values(confirmed=True))
+            await _confirm(connection, [(task_id, file_id)])
+
+    async def follow(self, results: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+        async with self._database.transaction() as connection:
+            fresh = await inbox.first_time(connection, inbox_table, "storage.events", results)
+            await _confirm(connection, sorted(each for event_id in fresh for each in results[event_id]))
 
     async def refuse(self, file_id: str) -> bool:
         async with self._database.transaction() as connection:
@@ -166,6 +175,13 @@ def _visible(user_id: str, file_id: str) -> ColumnElement[bool]:
 
 def _of_attempt(task_id: str | None, attempt: int | None) -> ColumnElement[bool]:
     return (file.c.task_id == task_id) & (file.c.attempt == attempt)
+
+
+async def _confirm(connection: AsyncConnection, results: Sequence[tuple[str, str]]) -> None:
+    """Note that tasks took their results, (task, file)."""
+    if results:
+        rows = [{"of_task": task_id, "key": file_id} for task_id, file_id in results]
+        await connection.execute(_CONFIRM, rows)
 
 
 async def _one(connection: AsyncConnection, which: ColumnElement[bool]) -> File | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from atelier.task.v1 import events_pb2
@@ -9,9 +10,10 @@ from atelier.task.v1 import events_pb2
 from mesh.broker import Broker, Delivery
 from mesh.clock import Clock
 from mesh.service import Background
-from services.user.domain import Quotas, State
+from services.user.domain import Outcome, Quotas, State
 
 QUEUE = "user.events"
+TOGETHER = 100  # events in one transaction
 
 Event = events_pb2.TaskCreated | events_pb2.TaskSucceeded | events_pb2.TaskFailed | events_pb2.TaskCancelled
 
@@ -36,9 +38,12 @@ class TaskEvents:
 
     def work(self, broker: Broker) -> list[Background]:
         """Return what must run for ever."""
-        return [partial(broker.consume, QUEUE, self.take, prefetch=20, bindings=BINDINGS)]
+        return [partial(broker.consume_together, QUEUE, self.take, at_most=TOGETHER, bindings=BINDINGS)]
 
-    async def take(self, delivery: Delivery) -> None:
-        event_type, state = _EFFECTS[delivery.type]
-        event = event_type.FromString(delivery.body)
-        await self._quotas.follow(delivery.message_id, event.reservation_id, state, self._clock.now())
+    async def take(self, deliveries: Sequence[Delivery]) -> None:
+        await self._quotas.follow([_outcome(each) for each in deliveries], self._clock.now())
+
+
+def _outcome(delivery: Delivery) -> Outcome:
+    event_type, state = _EFFECTS[delivery.type]
+    return Outcome(delivery.message_id, event_type.FromString(delivery.body).reservation_id, state)

@@ -193,6 +193,15 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
+class Outcome:
+    """Where an event brings a reservation."""
+
+    event_id: str
+    reservation_id: str
+    target: State
+
+
+@dataclass(frozen=True, slots=True)
 class Drift:
     """One thing that is counted, where three ways to count it come to different sums."""
 
@@ -268,8 +277,8 @@ class Quotas(Protocol):
     async def move(self, reservation_id: str, target: State, now: datetime) -> Reservation | None:
         """Bring a reservation to `target` if it may go there, and return it; None when there is no such one."""
 
-    async def follow(self, event_id: str, reservation_id: str, target: State, now: datetime) -> None:
-        """`move`, once for an event however often it arrives."""
+    async def follow(self, outcomes: Sequence[Outcome], now: datetime) -> None:
+        """`move` for each in turn, all or none, and once for an event however often it arrives."""
 
     async def resolve(self, reservation_id: str, target: State, held_before: datetime, now: datetime) -> None:
         """`move`, unless the reservation is no longer the one that has been held since before `held_before`."""

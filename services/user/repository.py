@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -13,6 +14,7 @@ from sqlalchemy import (
     Row,
     Select,
     Table,
+    bindparam,
     case,
     delete,
     func,
@@ -35,6 +37,7 @@ from services.user.domain import (
     Drift,
     EmailTaken,
     Kind,
+    Outcome,
     Reservation,
     Role,
     State,
@@ -69,6 +72,9 @@ DRIFTS_AT_ONCE = 100
 
 ASKED_AT_ONCE = 100
 """Reservations that upkeep asks about in one round, so that a round stays short."""
+
+
+_UPDATE_RESERVATION = update(reservation).where(reservation.c.reservation_id == bindparam("key"))
 
 
 class SqlAccounts:
@@ -192,15 +198,17 @@ class SqlQuotas:
 
     async def move(self, reservation_id: str, target: State, now: datetime) -> Reservation | None:
         async with self._database.transaction() as connection:
-            return await _move(connection, reservation_id, target, now)
+            return (await _move(connection, [(reservation_id, target)], now)).get(reservation_id)
 
-    async def follow(self, event_id: str, reservation_id: str, target: State, now: datetime) -> None:
+    async def follow(self, outcomes: Sequence[Outcome], now: datetime) -> None:
+        targets = {each.target for each in outcomes}
         async with self._database.transaction() as connection:
-            if await inbox.first_time(connection, inbox_table, "user.events", event_id):
-                crash.point(f"quota {target}: event noted")
-                await _move(connection, reservation_id, target, now)
-                crash.point(f"quota {target}: written")
-        crash.point(f"quota {target}: committed")
+            fresh = await inbox.first_time(connection, inbox_table, "user.events", (each.event_id for each in outcomes))
+            _reach("event noted", targets)
+            moves = {each.event_id: (each.reservation_id, each.target) for each in outcomes if each.event_id in fresh}
+            await _move(connection, [*moves.values()], now)
+            _reach("written", targets)
+        _reach("committed", targets)
 
     async def resolve(self, reservation_id: str, target: State, held_before: datetime, now: datetime) -> None:
         async with self._database.transaction() as connection:
@@ -211,7 +219,7 @@ class SqlQuotas:
             )
             still = still.with_for_update()  # a repeated `reserve` has it wait anew
             if (await connection.execute(still)).one_or_none() is not None:
-                await _move(connection, reservation_id, target, now)
+                await _move(connection, [(reservation_id, target)], now)
 
     async def held_since(self, time: datetime) -> list[str]:
         held = (
@@ -279,16 +287,8 @@ async def _account(connection: AsyncConnection, user_id: str, *, lock: bool = Fa
     return _from_row(row)
 
 
-async def _reservation(connection: AsyncConnection, reservation_id: str) -> Reservation | None:
-    found = select(reservation).where(reservation.c.reservation_id == reservation_id).with_for_update()
-    row = (await connection.execute(found)).one_or_none()
-    if row is None:
-        return None
-    return _from_reservation_row(row)
-
-
 async def _reservations(connection: AsyncConnection, reservation_ids: Sequence[str]) -> dict[str, Reservation]:
-    found = select(reservation).where(_among(reservation_ids)).with_for_update()
+    found = select(reservation).where(_among(reservation_ids)).order_by(reservation.c.reservation_id).with_for_update()
     return {row.reservation_id: _from_reservation_row(row) for row in await connection.execute(found)}
 
 
@@ -309,22 +309,42 @@ async def _set_aside(connection: AsyncConnection, held: Reservation, total: int,
     return added.rowcount == 1
 
 
-async def _move(connection: AsyncConnection, reservation_id: str, target: State, now: datetime) -> Reservation | None:
-    present = await _reservation(connection, reservation_id)
-    move = None if present is None else moved(present, target)
-    if present is None or move is None:
-        return present
-    after = replace(present, state=move.state)
-    where = reservation.c.reservation_id == after.reservation_id
-    await connection.execute(update(reservation).where(where).values(_reservation_columns(after, now)))
-    if move.used or move.reserved:
-        await connection.execute(
-            update(counter)
-            .where(*_counted(after.user_id, after.kind, after.period))
-            .values(used=counter.c.used + move.used, reserved=counter.c.reserved + move.reserved)
-        )
-        await connection.execute(insert(ledger).values(_entry(after, move.used, move.reserved, now)))
-    return after
+async def _move(
+    connection: AsyncConnection, moves: Sequence[tuple[str, State]], now: datetime
+) -> dict[str, Reservation]:
+    """Bring reservations to where they may go, each by itself and in order; return those that exist.
+
+    Reservations are locked before counters, both in one order, so that two who do this wait and do not meet crosswise.
+    """
+    present = await _reservations(connection, [each for each, _ in moves])
+    moved_ones: dict[str, Reservation] = {}
+    changes: defaultdict[tuple[str, Kind, str], list[int]] = defaultdict(lambda: [0, 0])
+    entries = []
+    for reservation_id, target in moves:
+        before = present.get(reservation_id)
+        move = None if before is None else moved(before, target)
+        if before is None or move is None:
+            continue
+        after = present[reservation_id] = moved_ones[reservation_id] = replace(before, state=move.state)
+        if move.used or move.reserved:
+            change = changes[after.user_id, after.kind, after.period]
+            change[0] += move.used
+            change[1] += move.reserved
+            entries.append(_entry(after, move.used, move.reserved, now))
+    if moved_ones:
+        rows = [{"key": each, **_reservation_columns(of, now)} for each, of in moved_ones.items()]
+        await connection.execute(_UPDATE_RESERVATION, rows)
+    for key, (used, reserved) in sorted(changes.items()):
+        new = {"used": counter.c.used + used, "reserved": counter.c.reserved + reserved}
+        await connection.execute(update(counter).where(*_counted(*key)).values(new))
+    if entries:
+        await connection.execute(insert(ledger), entries)
+    return present
+
+
+def _reach(step: str, targets: Iterable[State]) -> None:
+    for target in targets:
+        crash.point(f"quota {target}: {step}")
 
 
 def _from_reservation_row(row: Row[Any]) -> Reservation:

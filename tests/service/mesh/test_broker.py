@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -164,6 +164,81 @@ async def test_a_message_that_cannot_be_handled_is_set_aside_and_the_next_goes_o
     assert (again.message_id, again.headers) == ("evt_1", {"traceparent": TRACEPARENT})
     assert await opened.depth(f"{queue}.dead") == 0
     assert [letter async for letter in opened.redrive(queue)] == []
+
+
+async def test_messages_that_wait_are_handled_together_in_their_order(opened: Broker, queue: str) -> None:
+    calls: list[list[bytes]] = []
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def handle(deliveries: Sequence[Delivery]) -> None:
+        calls.append([each.body for each in deliveries])
+        begun.set()
+        await go_on.wait()
+
+    await declare(opened, queue)
+    async with background(opened.consume_together(queue, handle, at_most=4)):
+        await opened.publish(permit(queue, b"0"))
+        await asyncio.wait_for(begun.wait(), 30)
+        for number in range(1, 10):
+            await opened.publish(permit(queue, str(number).encode()))
+        go_on.set()
+        await eventually(lambda: sum(map(len, calls)) == 10, within_seconds=30)
+
+        async def all_acknowledged() -> bool:
+            return await opened.depth(queue) == 0
+
+        await eventually(all_acknowledged, within_seconds=15)
+
+    assert [body for call in calls for body in call] == [str(number).encode() for number in range(10)]
+    assert calls[0] == [b"0"]
+    assert max(map(len, calls)) in (3, 4)  # the first one is still with the consumer
+
+
+async def test_of_messages_handled_together_one_that_cannot_be_stops_no_other(opened: Broker, queue: str) -> None:
+    recorder = Recorder()
+
+    async def handle(deliveries: Sequence[Delivery]) -> None:
+        if b"poison" in [each.body for each in deliveries]:
+            raise ValueError("cannot be read")
+        for each in deliveries:
+            await recorder(each)
+
+    await declare(opened, queue)
+    for body in (b"1", b"poison", b"2", b"3"):
+        await opened.publish(permit(queue, body))
+    async with background(opened.consume_together(queue, handle, at_most=10)):
+
+        async def set_aside() -> bool:
+            return (await opened.depth(f"{queue}.dead"), await opened.depth(queue)) == (1, 0)
+
+        await eventually(set_aside, within_seconds=60)
+
+    assert sorted(recorder.bodies) == [b"1", b"2", b"3"]
+
+
+async def test_messages_handled_together_wait_together_and_come_again_when_they_were_not_acknowledged(
+    opened: Broker, queue: str
+) -> None:
+    recorder, tries = Recorder(), 0
+
+    async def away(_: Sequence[Delivery]) -> None:
+        nonlocal tries
+        tries += 1
+        raise Unavailable("the database is away")
+
+    async def handle(deliveries: Sequence[Delivery]) -> None:
+        for each in deliveries:
+            await recorder(each)
+
+    await declare(opened, queue)
+    for number in range(3):
+        await opened.publish(permit(queue, str(number).encode()))
+    async with background(opened.consume_together(queue, away, at_most=10)):
+        await eventually(lambda: tries >= 3, within_seconds=30)
+    async with background(opened.consume_together(queue, handle, at_most=10)):
+        await eventually(lambda: sorted(recorder.bodies) == [b"0", b"1", b"2"], within_seconds=30)
+
+    assert await opened.depth(f"{queue}.dead") == 0
 
 
 async def test_what_is_redriven_says_so(

@@ -269,11 +269,11 @@ async def test_the_databases_clock_is_the_machines(opened: Database) -> None:
 async def test_an_event_is_new_once_for_each_consumer(opened: Database) -> None:
     async with opened.transaction() as connection:
         answers = [
-            await inbox.first_time(connection, inbox_table, consumer, "evt_1")
-            for consumer in ("quota", "quota", "mail")
+            await inbox.first_time(connection, inbox_table, consumer, event_ids)
+            for consumer, event_ids in (("quota", ["b", "a", "b"]), ("quota", ["c", "a"]), ("mail", ["a"]))
         ]
 
-    assert answers == [True, False, True]
+    assert answers == [{"a", "b"}, {"c"}, {"a"}]
 
 
 async def test_concurrent_creates_with_one_key_get_one_id(opened: Database) -> None:

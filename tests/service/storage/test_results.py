@@ -35,7 +35,7 @@ async def test_a_result_is_its_owners_at_once_and_listed_when_the_task_took_it(w
     found = await world.stub().GetFile(storage_pb2.GetFileRequest(file_id=result["fileId"]))
     before = await listed(world)
 
-    await TaskEvents(world.files).take(succeeded(result["fileId"]))
+    await TaskEvents(world.files).take([succeeded(result["fileId"])])
 
     assert (found.task_id, found.size_bytes) == ("tsk_1", 6)
     assert (before, await listed(world)) == ([], [result["fileId"]])

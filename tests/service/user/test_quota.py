@@ -24,11 +24,13 @@ async def limited(home, user, **limits):
     return await home.stub("usr_admin", "ROLE_ADMIN").SetLimits(pb.SetLimitsRequest(user_id=user.user_id, **limits))
 
 
-async def tell(home, kind, reservation_id, event_id):
+def told(kind, reservation_id, event_id):
     event = kind(task_id=reservation_id.partition("/")[0], user_id="usr_1", reservation_id=reservation_id)
-    await home.events.take(
-        Delivery(body=event.SerializeToString(), type=event.DESCRIPTOR.full_name, message_id=event_id, headers={})
-    )
+    return Delivery(body=event.SerializeToString(), type=event.DESCRIPTOR.full_name, message_id=event_id, headers={})
+
+
+async def tell(home, kind, reservation_id, event_id):
+    await home.events.take([told(kind, reservation_id, event_id)])
 
 
 async def settle(home, reservation_id):
@@ -376,3 +378,31 @@ async def test_a_reservation_that_is_repeated_while_it_is_looked_at_is_kept(home
     await resolve
 
     assert counts((await home.quota(ada.user_id)).tasks) == (0, 1)
+
+
+async def test_events_that_come_together_have_the_effect_of_each_after_the_other(home):
+    ada, bob = await home.registered("ada"), await home.registered("bob")
+    for user, task_id in ((ada, "tsk_1"), (ada, "tsk_2"), (bob, "tsk_3"), (bob, "tsk_4")):
+        await home.reserve(user.user_id, f"{task_id}/1")
+    created, succeeded, failed = events_pb2.TaskCreated, events_pb2.TaskSucceeded, events_pb2.TaskFailed
+
+    await home.events.take([
+        told(created, "tsk_1/1", "evt_1"), told(succeeded, "tsk_1/1", "evt_2"), told(succeeded, "tsk_1/1", "evt_2"),
+        told(failed, "tsk_2/1", "evt_3"), told(succeeded, "tsk_3/1", "evt_4"), told(created, "tsk_3/1", "evt_5"),
+        told(failed, "tsk_3/1", "evt_6"), told(created, "tsk_gone/1", "evt_7"),
+    ])  # fmt: skip
+    await home.events.take([told(succeeded, "tsk_4/1", "evt_2"), told(created, "tsk_4/1", "evt_8")])
+
+    assert counts((await home.quota(ada.user_id)).tasks) == (1, 0)
+    assert counts((await home.quota(bob.user_id)).tasks) == (1, 1)  # evt_2 was taken before
+
+
+async def test_two_who_take_the_same_events_crosswise_settle_them_once(home):
+    users = [await home.registered(name) for name in ("ada", "bob", "eve")]
+    for number in range(30):
+        await home.reserve(users[number % 3].user_id, f"tsk_{number}/1")
+    events = [told(events_pb2.TaskSucceeded, f"tsk_{number}/1", f"evt_{number}") for number in range(30)]
+
+    await asyncio.gather(*map(home.events.take, (events, events[::-1], events[10:] + events[:10])))
+
+    assert [counts((await home.quota(user.user_id)).tasks) for user in users] == [(10, 0)] * 3
