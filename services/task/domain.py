@@ -355,7 +355,7 @@ class Tasks(Protocol):
         """Return a batch, whoever's it is; None when there is none."""
 
     async def change(self, task_id: str, step: Step, *, owner: str | None = None) -> Task:
-        """Take a step. With an owner, another's task is not found.
+        """Take a step. With an owner, another's task is not found; without, others' steps may be taken with it.
 
         Raises:
             TaskNotFound: there is none.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -29,6 +29,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from mesh import crash, idempotency, lock, outbox
 from mesh.database import Database, Timestamp, insert_if_absent, now
+from mesh.together import Together
 from services.task.domain import (
     FORGET,
     Batch,
@@ -64,10 +65,19 @@ from services.task.tables import task as task_table
 from services.task.tables import task_batch as batch_table
 from services.task.tables import task_event as event_table
 
+CHANGED_TOGETHER = 100
 _MICROSECOND = timedelta(microseconds=1)
 # Change between events, too.
 _UNTOLD = frozenset({"progress_fraction", "progress_stage", "lease_time", "update_time"})
 _UPDATE = update(task_table).where(task_table.c.task_id == bindparam("key"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A step with one task."""
+
+    task_id: str
+    step: Step
 
 
 class SqlTasks:
@@ -82,6 +92,7 @@ class SqlTasks:
         self._database = database
         self._encode = encode
         self._listeners: tuple[Callable[[str], None], ...] = ()
+        self._changed = Together[_Wanted, Task](self._change_together, at_most=CHANGED_TOGETHER)
 
     def after_commit(self, *listeners: Callable[[str], None]) -> None:
         """Call each of `listeners` with a task's id after every change of it from now on."""
@@ -158,6 +169,8 @@ class SqlTasks:
             return await _batch(connection, batch_id)
 
     async def change(self, task_id: str, step: Step, *, owner: str | None = None) -> Task:
+        if owner is None:  # workers', and there are many of them at a time
+            return await self._changed(_Wanted(task_id, step))
         async with self._database.transaction() as connection:
             task = require_found(await _locked(connection, task_id), task_id, owner)
             [change] = await self._take(connection, [task], step)
@@ -326,11 +339,44 @@ class SqlTasks:
         if anew:  # queued by their owner again: each waits for another turn
             placed = {each.task.task_id: each for each in await _in_turn(connection, anew)}
             changes = [placed.get(each.task.task_id, each) for each in changes]
+        await self._store(connection, tasks, changes)
+        return changes
+
+    async def _store(self, connection: AsyncConnection, tasks: Sequence[Task], changes: Sequence[Change]) -> None:
+        """Write what became of `tasks`."""
         moved = [each for task, each in zip(tasks, changes, strict=True) if each.task != task]
         if moved:
             await connection.execute(_UPDATE, [{**_columns(each.task), "key": each.task.task_id} for each in moved])
         await self._tell(connection, tasks, changes)
-        return changes
+
+    async def _change_together(self, wanted: Sequence[_Wanted]) -> list[Task | Exception]:
+        """Take each step that is wanted, whatever becomes of the others; return the tasks after it, or why not."""
+        outcomes: list[Task | Exception] = []
+        async with self._database.transaction() as connection:
+            tasks, time = await _locked_together(connection, {each.task_id for each in wanted}), await now(connection)
+            first, news = dict(tasks), dict[str, tuple[Task, Change]]()
+            for each in wanted:
+                if each.task_id in news:  # a second step with one task: its event follows the first one's
+                    await self._store(connection, *zip(*news.values(), strict=True))
+                    news.clear()
+                try:
+                    task = require_found(tasks.get(each.task_id), each.task_id)
+                    change = each.step(task, time)
+                except Exception as error:  # noqa: BLE001 - its caller's alone
+                    outcomes.append(error)
+                else:
+                    news[each.task_id] = task, change
+                    tasks[each.task_id] = change.task
+                    outcomes.append(change.task)
+            if news:
+                await self._store(connection, *zip(*news.values(), strict=True))
+            for state in {task.state for task in tasks.values()}:
+                crash.point(f"{state}: written")
+        for task in tasks.values():
+            crash.point(f"{task.state}: committed")
+            if task.version != first[task.task_id].version:
+                self._committed(task.task_id)
+        return outcomes
 
     async def _tell(self, connection: AsyncConnection, before: Sequence[Task | None], after: Sequence[Change]) -> None:
         """Write the events of changes of state, and what the world hears of them."""
@@ -346,6 +392,12 @@ async def _locked(connection: AsyncConnection, task_id: str) -> Task | None:
     found = select(task_table).where(task_table.c.task_id == task_id).with_for_update()
     row = (await connection.execute(found)).one_or_none()
     return None if row is None else _task(row)
+
+
+async def _locked_together(connection: AsyncConnection, task_ids: Iterable[str]) -> dict[str, Task]:
+    # In one order, so that two who lock the same ones wait for each other and do not meet crosswise.
+    found = select(task_table).where(task_table.c.task_id.in_(task_ids)).order_by(task_table.c.task_id)
+    return {row.task_id: _task(row) for row in await connection.execute(found.with_for_update())}
 
 
 async def _batch(connection: AsyncConnection, batch_id: str) -> Batch | None:

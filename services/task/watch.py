@@ -19,7 +19,7 @@ from mesh.errors import DeadlineExceeded, Unauthenticated
 from mesh.service import Background
 from services.task.domain import History, Task, Tasks, Version, replayed, require_found
 
-CHANGES = "task.changes"  # the broadcast between replicas; its bodies are task ids
+CHANGES = "task.changes"  # the broadcast between replicas; its bodies are task ids, apart by blanks
 POLL_SECONDS = 1.0
 IDLE_SECONDS = 15.0  # below the idle timeouts of common proxies, 30 s and more
 TOKEN_GRACE = timedelta(minutes=15)
@@ -168,13 +168,16 @@ class Watches:
     async def announce(self, broadcasts: Broadcasts) -> None:
         """Tell the other replicas what this one has changed, for ever."""
         while True:
-            task_id = await self._unannounced.get()
-            await broadcasts.broadcast(CHANGES, task_id.encode())
+            changed = {await self._unannounced.get()}
+            while not self._unannounced.empty():
+                changed.add(self._unannounced.get_nowait())
+            await broadcasts.broadcast(CHANGES, " ".join(changed).encode())
 
     async def listen(self, broadcasts: Broadcasts) -> None:
         """Hear what the other replicas have changed, for ever."""
         async for body in broadcasts.listen(CHANGES):
-            self._stir(body.decode())
+            for task_id in body.decode().split():
+                self._stir(task_id)
 
     async def _end(self, task_id: str, user: User) -> None:
         async with contextlib.aclosing(self.follow(task_id, user, after=None)) as tasks:

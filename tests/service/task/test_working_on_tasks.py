@@ -2,12 +2,14 @@
 
 import asyncio
 from datetime import timedelta
+from functools import partial
 
 import pytest
 from atelier.task.v1 import events_pb2
 from atelier.task.v1 import task_pb2 as pb
 
 from mesh import capability
+from services.task import domain
 from services.task.domain import Terms
 from services.task.upkeep import Upkeep
 from tests.eventually import eventually
@@ -399,3 +401,38 @@ async def test_people_may_not_claim(replica: Replica):
     refusal = await refused(replica.user().ClaimTask(pb.ClaimTaskRequest(pool="cpu", worker_id="me")))
 
     assert refusal.code == "PERMISSION_DENIED"
+
+
+async def test_reports_that_come_at_once_have_each_an_effect_and_an_answer_of_its_own(replica: Replica):
+    for _ in range(6):
+        await replica.create()
+    tasks = [await replica.claimed() for _ in range(6)]
+    done, broken, stale, gone = tasks[:3], tasks[3], tasks[4], pb.Task(task_id="tsk_none", attempt=1)
+    stale.attempt += 1
+
+    answers = await asyncio.gather(
+        *(replica.complete(task) for task in [*done, *done, stale, gone]),
+        replica.fail(broken),
+        *(replica.worker.RenewLease(renewal(tasks[5], fraction)) for fraction in (0.25, 0.5)),
+        return_exceptions=True,
+    )
+
+    assert [getattr(each, "reason", "") for each in answers] == [""] * 6 + ["LEASE_LOST", "TASK_NOT_FOUND"] + [""] * 3
+    states = [(await replica.user().GetTask(pb.GetTaskRequest(task_id=task.task_id))).state for task in tasks]
+    assert states == [pb.Task.STATE_SUCCEEDED] * 3 + [pb.Task.STATE_FAILED] + [pb.Task.STATE_RUNNING] * 2
+    for task in tasks[:4]:
+        assert len(await history(replica, task)) == 3
+
+
+async def test_steps_with_one_task_at_once_are_events_one_after_the_other(replica: Replica):
+    task = await replica.create()
+    claimed = partial(domain.claimed, terms=BRISK)
+    failure = domain.Failure(14, "Not now.", "STORAGE_AWAY")
+    failed = partial(domain.failed, attempt=1, failure=failure, transient=True, terms=BRISK, jitter=0.5)
+
+    first, second = await asyncio.gather(
+        replica.tasks.change(task.task_id, claimed), replica.tasks.change(task.task_id, failed)
+    )
+
+    assert (first.state, second.state) == (domain.State.RUNNING, domain.State.QUEUED)
+    assert [state for state, *_ in await history(replica, task)] == ["QUEUED", "RUNNING", "QUEUED"]
