@@ -19,7 +19,7 @@ START_SECONDS = 60.0  # about 5 on an idle machine
 class Node:
     """One broker that can be killed and started again with what it had on disk."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patience_seconds: float) -> None:
         self._folder = folder
         self._port, distribution_port, self._epmd_port = free_ports(3)
         self.url = f"amqp://guest:guest@127.0.0.1:{self._port}/"
@@ -34,6 +34,7 @@ class Node:
             "log.console = false\n"
             # A test machine's disk is often nearly full, and an alarm would block every publisher.
             "disk_free_limit.absolute = 1MB\n"
+            f"consumer_timeout = {patience_seconds * 1000:.0f}\n"
         )
         (folder / "enabled_plugins").write_text("[].\n")
         self._environment = {
@@ -51,7 +52,9 @@ class Node:
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
             "RABBITMQ_PID_FILE": str(folder / "pid"),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-start_epmd false "
-            "-kernel inet_dist_use_interface {127,0,0,1} +sbwt none",
+            "-kernel inet_dist_use_interface {127,0,0,1} +sbwt none "
+            # How often it looks whether its patience is at an end, at most; usually a minute.
+            f"-rabbit channel_tick_interval {min(60, patience_seconds / 4) * 1000:.0f}",
             "RUNNING_UNDER_SYSTEMD": "true",  # the script becomes the node: one process to kill
         }
 
@@ -95,9 +98,9 @@ class Node:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Node]:
-    """Hold a node that keeps everything in `folder`."""
-    node = Node(folder)
+def running(folder: Path, *, patience_seconds: float = 1800) -> Iterator[Node]:
+    """Hold a node that keeps everything in `folder` and takes back what is not acknowledged within its patience."""
+    node = Node(folder, patience_seconds)
     try:
         node.start()
         yield node

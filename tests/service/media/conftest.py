@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -117,11 +118,13 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
         self.discarded: list[str] = []
         self.reads: list[str] = []
         self.away = False
+        self.delay_seconds = 0.0
 
     async def read(self, request: Request) -> Response:
         self.reads.append(request.headers["x-atelier-capability"])
         if self.away:
             raise Unavailable("Away.")
+        await asyncio.sleep(self.delay_seconds)
         file_id = request.path_params["file_id"]
         if file_id not in self.inputs:
             raise FileNotFound(f"There is no file {file_id}.", metadata={"file_id": file_id})
@@ -174,7 +177,7 @@ class Addresses:
 class World:
     tasks: Tasks
     storage: Storage
-    permits: Permits
+    permits: Any
     server: Server
     data_dir: Path
     instances: Addresses
@@ -203,10 +206,15 @@ Start = Callable[..., Awaitable[World]]
 
 
 @pytest.fixture
-async def start(tmp_path: Path) -> AsyncIterator[Start]:
+def permits() -> Permits:
+    return Permits()
+
+
+@pytest.fixture
+async def start(tmp_path: Path, permits: Any) -> AsyncIterator[Start]:
     """Start a worker."""
     async with AsyncExitStack() as stack:
-        tasks, files, permits = Tasks(), Storage(), Permits()
+        tasks, files = Tasks(), Storage()
         rpc = "/atelier.storage.v1.StorageService"
         server = await stack.enter_async_context(
             serving(

@@ -245,9 +245,14 @@ def bus() -> Bus:
 
 
 @pytest.fixture
-async def start(new_database: NewDatabase, storage: Storage, users: Users, bus: Bus) -> AsyncIterator[Start]:
+async def url(new_database: NewDatabase) -> str:
+    """Return the URL of a new database of tasks."""
+    return await new_database("task")
+
+
+@pytest.fixture
+async def start(url: str, storage: Storage, users: Users, bus: Bus) -> AsyncIterator[Start]:
     """Start any number of replicas over one database."""
-    url = await new_database("task")
     async with AsyncExitStack() as stack:
 
         async def start(terms: Terms = BRISK, idle_seconds: float = 15.0) -> Replica:

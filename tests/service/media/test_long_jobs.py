@@ -1,0 +1,77 @@
+"""R-15: jobs that take longer than the broker waits for an acknowledgement are done once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import pytest
+
+from mesh import broker
+from mesh.broker import Broker, Delivery
+from mesh.outbox import Message
+from services.media.worker.tasks import QUEUE
+from tests import rabbitmq
+from tests.eventually import eventually
+from tests.service.media.conftest import Start
+
+PATIENCE_SECONDS = 3.0  # for jobs of twice that: a minute for one of two
+JOB_SECONDS = 2 * PATIENCE_SECONDS
+
+
+class Counted:
+    """A real broker; counts what it delivers."""
+
+    def __init__(self, bus: Broker) -> None:
+        self.bus = bus
+        self.deliveries = 0
+
+    async def consume(self, queue: str, handler: Callable[[Delivery], Awaitable[None]], *, prefetch: int) -> None:
+        async def counted(delivery: Delivery) -> None:
+            self.deliveries += 1
+            await handler(delivery)
+
+        await self.bus.consume(queue, counted, prefetch=prefetch)
+
+    async def publish(self) -> bool:
+        """Publish a permit; `eventually` tries again while there is no queue for it."""
+        await self.bus.publish(Message("", QUEUE, b"", "prm_1"))
+        return True
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rabbitmq.Node]:
+    with rabbitmq.running(tmp_path_factory.mktemp("rabbitmq"), patience_seconds=PATIENCE_SECONDS) as node:
+        yield node
+
+
+@pytest.fixture
+async def permits(node: rabbitmq.Node) -> AsyncIterator[Counted]:
+    async with broker.opened(node.url) as bus:
+        yield Counted(bus)
+
+
+async def test_a_job_longer_than_the_brokers_patience_is_done_once(start: Start, permits: Counted):
+    world = await start(slots=2)
+    world.storage.delay_seconds = JOB_SECONDS
+    task_id, began = world.tasks.queue(), time.monotonic()
+
+    await eventually(permits.publish, within_seconds=20)
+    await eventually(lambda: task_id in world.tasks.completed, within_seconds=60)
+
+    assert time.monotonic() - began > JOB_SECONDS
+    assert (permits.deliveries, world.tasks.claims, world.tasks.failed) == (1, 1, {})
+    assert await permits.bus.depth(QUEUE) == 0
+
+
+async def test_a_permit_that_is_taken_back_while_it_waits_for_a_slot_costs_nothing(start: Start, permits: Counted):
+    world = await start(slots=1)
+    world.storage.delay_seconds = JOB_SECONDS
+    long, waiting = world.tasks.queue(), world.tasks.queue()
+
+    await eventually(permits.publish, within_seconds=20)
+    await eventually(permits.publish, within_seconds=20)
+    await eventually(lambda: {long, waiting} <= set(world.tasks.completed), within_seconds=60)
+
+    await eventually(lambda: permits.deliveries > 2, within_seconds=30)  # the broker's patience was at an end
+    assert world.tasks.failed == {}
