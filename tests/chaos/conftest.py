@@ -1,4 +1,4 @@
-"""One mesh for what dies in it by chance and for what dies in it on purpose."""
+"""One mesh for what dies in it by chance and for what dies in it on purpose; its workers' clocks are wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ def armed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def mesh(tmp_path_factory: pytest.TempPathFactory, armed: Path) -> Iterator[Mesh]:
-    # With a task's usual three attempts those that die with their workers could be the same one's.
-    settings = {**SETTINGS, "ATELIER_CRASH_POINTS": str(armed), "TASK_ATTEMPTS": "20"}
+    settings = {
+        **SETTINGS,
+        "ATELIER_CRASH_POINTS": str(armed),
+        "TASK_ATTEMPTS": "20",  # of the usual three, those that die with their workers could all be one task's
+        "PYTHONPATH": str(Path(__file__).parent / "clocks"),
+    }
     with running(tmp_path_factory.mktemp("chaos") / "var", replicas=2, settings=settings) as mesh:
         yield mesh
