@@ -27,7 +27,7 @@ from tests.installation import ROOT, Mesh
 from tests.people import Person, registered
 from tests.photographs import photograph
 
-# In turns, so that whoever died is back when it is to die again. Workers near the end, and the task service before them:
+# In turns, so that whoever died is back when it is to die again. Workers near the end, after the task service:
 # what their deaths leave waits for a lease to lapse and for a service that has seen it, and so passes for all at once.
 POINTS = (
     "create: key kept",
