@@ -66,14 +66,14 @@ def test_the_points_in_the_code_are_those_that_are_tried() -> None:
 
 
 def points(folder: Path) -> Iterator[str]:
-    """Yield what the names of the points in a folder look like; what stands in braces is some word."""
+    """Yield what the names of the points in a folder look like; what stands in braces is some words."""
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "crash.point":
                 [name] = node.args
                 parts = name.values if isinstance(name, ast.JoinedStr) else [name]
                 yield "".join(
-                    re.escape(str(part.value)) if isinstance(part, ast.Constant) else r"\w+" for part in parts
+                    re.escape(str(part.value)) if isinstance(part, ast.Constant) else r"[\w ]+" for part in parts
                 )
 
 
