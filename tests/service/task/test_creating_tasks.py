@@ -93,6 +93,7 @@ async def test_a_key_used_for_another_request_is_refused(replica: Replica):
 
 
 async def test_fifty_calls_with_one_key_make_one_task(start: Start, users: Users):
+    """R-24, as far as the task service answers for it."""
     replicas = [await start(), await start()]
 
     answers = await asyncio.gather(*(replicas[n % 2].create(request_id="key") for n in range(50)))

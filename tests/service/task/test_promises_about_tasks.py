@@ -70,7 +70,7 @@ async def quotas(new_database: NewDatabase, left: int) -> AsyncIterator[SqlQuota
 def users(quotas: SqlQuotas) -> UserService:
     """Return the real thing, for `start`; nobody signs in."""
     nobody: Any = None
-    return UserService(nobody, quotas, nobody, nobody, admin_secret="", clock=CLOCK)
+    return UserService(nobody, quotas, nobody, nobody, nobody, admin_secret="", clock=CLOCK)
 
 
 async def used(quotas: SqlQuotas) -> Usage:

@@ -208,6 +208,7 @@ async def test_a_task_s_failure_or_cancellation_gives_it_back(home, end):
     ("end", "used"), [(events_pb2.TaskSucceeded, 1), (events_pb2.TaskFailed, 0), (events_pb2.TaskCancelled, 0)]
 )
 async def test_events_in_the_wrong_order_three_times_each_in_parallel_count_once(home, end, used):
+    """R-01, for the user service alone."""
     ada = await home.registered()
     await home.reserve(ada.user_id, "tsk_1/1")
 
