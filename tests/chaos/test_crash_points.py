@@ -100,9 +100,9 @@ async def uploaded(person: Person, path: Path) -> str:
     return str(file.json()["fileId"])
 
 
-async def accepted(person: Person, file_id: str, *, width: int) -> Job:
+async def accepted(person: Person, file_id: str, **resize: object) -> Job:
     """Ask for a task, again and again under one key, until that is answered."""
-    operation = {"resize": {"width": width}}
+    operation = {"resize": resize}
     job = Job(person.user_id, uuid.uuid4().hex, file_id, json.dumps(operation))
     wanted = {"inputFileId": file_id, "operation": operation}
 
