@@ -34,7 +34,7 @@ from tests.service.task.conftest import OWNER, PHOTO, Replica, Start, refused
 pytestmark = pytest.mark.timeout(240)
 
 CLOCK = SystemClock()
-KILLS = 50
+KILLS = 20
 MANY = 1000
 
 
