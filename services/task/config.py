@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field
-from pydantic_settings import SettingsConfigDict
+from pydantic import BeforeValidator, Field
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from mesh.config import ServiceConfig
 from services.task.domain import Terms
+from services.task.webhooks import Network
+
+
+def _split(text: object) -> object:
+    return [each.strip() for each in text.split(",") if each.strip()] if isinstance(text, str) else text
 
 
 class Config(ServiceConfig):
@@ -26,6 +31,9 @@ class Config(ServiceConfig):
     result_max_bytes: int = 512 * 1024 * 1024
     # Longer than an idempotency key lives: a repeated call must find its task.
     kept_days: float = Field(default=30.0, ge=2, le=3650)
+
+    # Where webhooks may go though the world cannot: for who tries them on their own machine. Comma-separated.
+    webhook_allowed_networks: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_split)] = ()
 
     def terms(self) -> Terms:
         """Return what a worker is promised and how often a task is tried, as it is now."""

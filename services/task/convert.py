@@ -8,9 +8,10 @@ import json
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from atelier.media.v1 import media_pb2
-from atelier.task.v1 import events_pb2
+from atelier.task.v1 import events_pb2, webhook_pb2
 from atelier.task.v1 import task_pb2 as pb
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message as Proto
@@ -37,8 +38,14 @@ from services.task.domain import (
     TaskFailed,
     TaskSucceeded,
 )
+from services.task.webhooks import Delivery, DeliveryPage, DeliveryQuery, DeliveryState, Webhook
 
 SOURCE = "task"  # CloudEvents: who says so
+ENDS = {
+    State.SUCCEEDED: events_pb2.TaskSucceeded.DESCRIPTOR.full_name,
+    State.FAILED: events_pb2.TaskFailed.DESCRIPTOR.full_name,
+    State.CANCELLED: events_pb2.TaskCancelled.DESCRIPTOR.full_name,
+}
 _MICROSECOND = timedelta(microseconds=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -81,8 +88,56 @@ def batch_to_proto(batch: Batch) -> pb.TaskBatch:
 
 def task_to_json(task: Task) -> str:
     """Return one line, as the edge's transcoder prints a task."""
-    printed = MessageToDict(task_to_proto(task), always_print_fields_with_no_presence=True)
-    return json.dumps(printed, ensure_ascii=False, separators=(",", ":"))
+    return _line(_printed(task_to_proto(task)))
+
+
+def hook_body(task: Task) -> tuple[str, str]:
+    """Return what a webhook is told of an ended task: the kind of event, and the body."""
+    kind, shown = ENDS[task.state], task_to_proto(task)
+    return kind, _line({"type": kind, "timestamp": shown.end_time.ToJsonString(), "data": _printed(shown)})
+
+
+def webhook_to_proto(webhook: Webhook) -> webhook_pb2.Webhook:
+    return webhook_pb2.Webhook(
+        url=webhook.url or "",
+        secret=webhook.secret,
+        previous_secret_expire_time=timestamp(webhook.previous_expire_time),
+        create_time=timestamp(webhook.create_time),
+        update_time=timestamp(webhook.update_time),
+    )
+
+
+def delivery_to_proto(delivery: Delivery, webhook: Webhook | None) -> webhook_pb2.WebhookDelivery:
+    pending = delivery.state is DeliveryState.PENDING
+    return webhook_pb2.WebhookDelivery(
+        delivery_id=delivery.delivery_id,
+        task_id=delivery.task_id,
+        event_id=delivery.event_id,
+        event_type=delivery.kind,
+        url=delivery.url or (webhook and webhook.url) or "",
+        state=webhook_pb2.WebhookDelivery.State.Value(f"STATE_{delivery.state}"),
+        attempts=delivery.attempts,
+        status=delivery.status or 0,
+        failure=delivery.failure or "",
+        create_time=timestamp(delivery.create_time),
+        attempt_time=timestamp(delivery.attempt_time),
+        next_attempt_time=timestamp(delivery.due_time if pending else None),
+    )
+
+
+def delivery_query_from(request: webhook_pb2.ListWebhookDeliveriesRequest, user_id: str) -> DeliveryQuery:
+    """Return the page that is asked for.
+
+    Raises:
+        PageTokenMalformed: the token is not one of this list.
+    """
+    after = str(paging.decode(request.page_token, (str,))[0]) if request.page_token else None
+    return DeliveryQuery(user_id, request.task_id or None, after, request.page_size or paging.DEFAULT_PAGE_SIZE)
+
+
+def delivery_page_token(page: DeliveryPage) -> str:
+    """Return the token of the page of deliveries after `page`; empty when there is none."""
+    return paging.encode([page.deliveries[-1].delivery_id]) if page.more else ""
 
 
 def dead_letter_to_proto(task: Task) -> pb.DeadLetter:
@@ -289,6 +344,14 @@ def _payload(notice: TaskCreated | TaskSucceeded | TaskFailed | TaskCancelled) -
             return events_pb2.TaskCancelled(
                 task_id=task.task_id, user_id=task.user_id, reservation_id=task.reservation_id
             )
+
+
+def _printed(message: Proto) -> dict[str, Any]:
+    return MessageToDict(message, always_print_fields_with_no_presence=True)
+
+
+def _line(document: dict[str, Any]) -> str:
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
 
 
 def _error(failure: Failure | None) -> pb.Task.Error | None:

@@ -164,6 +164,8 @@ class Task:
     """Of that call; empty when it had none."""
     dead_time: datetime | None
     """When it used up its attempts on what might have passed: since then it is a dead letter."""
+    webhook_url: str | None
+    """What hears of its ends; None for its owner's."""
 
     @property
     def reservation_id(self) -> str:
@@ -512,6 +514,7 @@ def created(
     batch_id: str | None = None,
     request_id: str = "",
     trace_id: str = "",
+    webhook_url: str | None = None,
 ) -> Change:
     """Make a task. It reads `file_ids`, the input among them. Its turn is given where it is stored."""
     task = Task(
@@ -543,6 +546,7 @@ def created(
         request_id=request_id,
         trace_id=trace_id,
         dead_time=None,
+        webhook_url=webhook_url,
     )
     return Change(task, notices=(TaskCreated(task), Permit(task)))
 

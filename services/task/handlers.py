@@ -1,4 +1,4 @@
-"""atelier.task.v1.TaskService: read the request, call the domain, write the answer."""
+"""atelier.task.v1.TaskService and WebhookService: read the request, call the domain, write the answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import datetime
@@ -14,16 +15,17 @@ from functools import partial
 
 from atelier.storage.v1 import storage_pb2, storage_pb2_grpc
 from atelier.task.v1 import task_pb2 as pb
-from atelier.task.v1 import task_pb2_grpc
+from atelier.task.v1 import task_pb2_grpc, webhook_pb2, webhook_pb2_grpc
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 from google.api.httpbody_pb2 import HttpBody
 
 from mesh import bounds, capability, context, crash, ids, status, telemetry, wire
 from mesh.clock import Clock
 from mesh.errors import InvalidArgument, MeshError, NotFound
-from services.task import convert, domain, sse
+from services.task import convert, domain, sse, webhooks
 from services.task.domain import UNSERVED, WAITING, Change, State, Step, Task, Tasks, Terms
 from services.task.watch import Watches
+from services.task.webhooks import PATIENCE, Network, Webhooks
 
 REDRIVEN_AT_ONCE = 100  # of a reason, in one call
 REPLAYED_AT_ONCE = 200  # in one transaction, which others wait for
@@ -40,6 +42,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         watches: follows them.
         storage: knows what files are.
         users: knows what their owners may use.
+        hooks: takes the URLs that tasks name.
         capability_key: signs what a worker may read and write.
         terms: returns what a worker is promised now.
         is_unserved: tells whether a pool lacks workers.
@@ -52,6 +55,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         watches: Watches,
         storage: storage_pb2_grpc.StorageServiceAsyncStub,
         users: user_pb2_grpc.UserServiceAsyncStub,
+        hooks: WebhookService,
         *,
         capability_key: str,
         terms: Callable[[], Terms],
@@ -62,6 +66,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         self._watches = watches
         self._storage = storage
         self._users = users
+        self._hooks = hooks
         self._capability_key = capability_key
         self._terms = terms
         self._is_unserved = is_unserved
@@ -69,6 +74,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
 
     async def CreateTask(self, request: pb.CreateTaskRequest, _: object) -> pb.Task:
         user = context.user()
+        webhook_url = await self._hooks.taken(request.webhook_url, user.user_id)
         task_id = ids.new("tsk")
         if request.request_id:
             # From here on every call with this key works on one task: the first to come through makes it, and what
@@ -96,6 +102,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             deadline=convert.deadline_from(request),
             request_id=context.request_id(),
             trace_id=telemetry.trace_id(),
+            webhook_url=webhook_url,
         )
         reserved_time = await self._reserve(user.user_id, [task_id], round_=1)
         crash.point("create: quota reserved")
@@ -108,6 +115,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
 
     async def CreateTaskBatch(self, request: pb.CreateTaskBatchRequest, _: object) -> pb.TaskBatch:
         user = context.user()
+        webhook_url = await self._hooks.taken(request.webhook_url, user.user_id)
         batch_id = ids.new("bat")
         if request.request_id:  # as in CreateTask
             key, fingerprint = request.request_id, convert.fingerprint(request)
@@ -134,6 +142,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
                 batch_id=batch_id,
                 request_id=context.request_id(),
                 trace_id=telemetry.trace_id(),
+                webhook_url=webhook_url,
             )
             for task_id, item, file_ids in zip(task_ids, request.items, files, strict=True)
         ]
@@ -362,6 +371,69 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             terms=self._terms(),
             jitter=random.random(),  # noqa: S311 - spreads tasks over time, keeps no secret
         )
+
+
+class WebhookService(webhook_pb2_grpc.WebhookServiceServicer):
+    """Raises MeshError only; the mesh turns it into a status.
+
+    Args:
+        hooks: where webhooks and deliveries are kept.
+        allowed: networks where receivers may be though the world cannot reach them.
+    """
+
+    def __init__(self, hooks: Webhooks, allowed: Collection[Network]) -> None:
+        self._hooks = hooks
+        self._allowed = allowed
+
+    async def taken(self, url: str, user_id: str) -> str | None:
+        """Return the URL that a task names, None for none, once its owner has a secret to sign with.
+
+        Raises:
+            WebhookUrlRefused: it is no plain address of the web.
+        """
+        if not url:
+            return None
+        webhooks.require_url(url, "webhookUrl", self._allowed)
+        await self._hooks.ensure(user_id, _new_secret())
+        return url
+
+    async def GetWebhook(self, _request: webhook_pb2.GetWebhookRequest, _: object) -> webhook_pb2.Webhook:
+        webhook = await self._hooks.find(context.user().user_id)
+        return convert.webhook_to_proto(webhooks.require_webhook(webhook))
+
+    async def SetWebhook(self, request: webhook_pb2.SetWebhookRequest, _: object) -> webhook_pb2.Webhook:
+        webhooks.require_url(request.url, "url", self._allowed)
+        return convert.webhook_to_proto(await self._hooks.put(context.user().user_id, request.url, _new_secret()))
+
+    async def DeleteWebhook(
+        self, _request: webhook_pb2.DeleteWebhookRequest, _: object
+    ) -> webhook_pb2.DeleteWebhookResponse:
+        await self._hooks.clear(context.user().user_id)
+        return webhook_pb2.DeleteWebhookResponse()
+
+    async def RotateWebhookSecret(
+        self, _request: webhook_pb2.RotateWebhookSecretRequest, _: object
+    ) -> webhook_pb2.Webhook:
+        return convert.webhook_to_proto(await self._hooks.rotate(context.user().user_id, _new_secret()))
+
+    async def ListWebhookDeliveries(
+        self, request: webhook_pb2.ListWebhookDeliveriesRequest, _: object
+    ) -> webhook_pb2.ListWebhookDeliveriesResponse:
+        page = await self._hooks.page(convert.delivery_query_from(request, context.user().user_id))
+        return webhook_pb2.ListWebhookDeliveriesResponse(
+            deliveries=[convert.delivery_to_proto(each, page.webhook) for each in page.deliveries],
+            next_page_token=convert.delivery_page_token(page),
+        )
+
+    async def ResendWebhookDelivery(
+        self, request: webhook_pb2.ResendWebhookDeliveryRequest, _: object
+    ) -> webhook_pb2.WebhookDelivery:
+        owner = context.user().user_id
+        return convert.delivery_to_proto(*await self._hooks.resend(request.delivery_id, owner, PATIENCE))
+
+
+def _new_secret() -> str:
+    return webhooks.new_secret(secrets.token_bytes(webhooks.SECRET_BYTES))
 
 
 def _refusal(error: MeshError) -> str:

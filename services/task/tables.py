@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table, text
+from sqlalchemy import JSON, BigInteger, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table, Text, text
 
 from mesh import idempotency, lock, outbox
 from mesh.database import Timestamp
@@ -13,6 +13,7 @@ metadata = MetaData()
 QUEUED = text("task.state = 'QUEUED'")
 RUNNING = text("task.state = 'RUNNING'")
 UNENDED = text("task.state IN ('QUEUED', 'RUNNING')")
+PENDING = text("webhook_delivery.state = 'PENDING'")
 
 task = Table(
     "task",
@@ -48,6 +49,7 @@ task = Table(
     Column("request_id", String, nullable=False, server_default=""),
     Column("trace_id", String, nullable=False, server_default=""),
     Column("dead_time", Timestamp),
+    Column("webhook_url", String),
     Index("task_by_user", "user_id", "create_time", "task_id"),
     Index("task_by_user_and_state", "user_id", "state", "create_time", "task_id"),
 )
@@ -136,6 +138,47 @@ task_event = Table(
     Column("create_time", Timestamp, nullable=False),
     # The task's columns that it changed, by name; none in events from before there were facts.
     Column("facts", JSON),
+)
+
+webhook = Table(
+    "webhook",
+    metadata,
+    Column("user_id", String, primary_key=True),
+    Column("url", String),
+    Column("secret", String, nullable=False),
+    Column("previous_secret", String),
+    Column("rotate_time", Timestamp),
+    Column("create_time", Timestamp, nullable=False),
+    Column("update_time", Timestamp, nullable=False),
+)
+
+webhook_delivery = Table(
+    "webhook_delivery",
+    metadata,
+    Column("delivery_id", String, primary_key=True),
+    Column("user_id", String, nullable=False),
+    Column("task_id", String, nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("url", String),
+    Column("body", Text, nullable=False),
+    Column("state", String, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("status", Integer),
+    Column("failure", String),
+    Column("create_time", Timestamp, nullable=False),
+    Column("attempt_time", Timestamp),
+    Column("due_time", Timestamp, nullable=False),
+    Column("expire_time", Timestamp, nullable=False),
+    Index("webhook_delivery_by_user", "user_id", "delivery_id"),
+    Index("webhook_delivery_by_task", "task_id"),
+)
+Index(
+    "webhook_delivery_due",
+    webhook_delivery.c.due_time,
+    sqlite_where=text("state = 'PENDING'"),
+    postgresql_where=text("state = 'PENDING'"),
 )
 
 outbox_table = outbox.table(metadata)

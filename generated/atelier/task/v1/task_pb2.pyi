@@ -339,10 +339,13 @@ class CreateTaskRequest(_message.Message):
     OPERATION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     DEADLINE_DURATION_FIELD_NUMBER: _builtins.int
+    WEBHOOK_URL_FIELD_NUMBER: _builtins.int
     input_file_id: _builtins.str
     """One of the caller's files: an image."""
     request_id: _builtins.str
     """Makes a repeated call answer the first one's task; `Idempotency-Key` in HTTP."""
+    webhook_url: _builtins.str
+    """Hears of each end of the task, in place of the account's webhook; see WebhookService.SetWebhook for what it may be."""
     @_builtins.property
     def operation(self) -> _media_pb2.Operation:
         """What to do."""
@@ -358,10 +361,11 @@ class CreateTaskRequest(_message.Message):
         operation: _media_pb2.Operation | None = ...,
         request_id: _builtins.str = ...,
         deadline_duration: _duration_pb2.Duration | None = ...,
+        webhook_url: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration", "operation", b"operation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration", "input_file_id", b"input_file_id", "operation", b"operation", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration", "input_file_id", b"input_file_id", "operation", b"operation", "request_id", b"request_id", "webhook_url", b"webhook_url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -402,8 +406,11 @@ class CreateTaskBatchRequest(_message.Message):
     ITEMS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     DEADLINE_DURATION_FIELD_NUMBER: _builtins.int
+    WEBHOOK_URL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Makes a repeated call answer the first one's batch; `Idempotency-Key` in HTTP."""
+    webhook_url: _builtins.str
+    """Of each task; see CreateTaskRequest."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___CreateTaskBatchRequest.Item]:
         """The tasks, in order."""
@@ -418,10 +425,11 @@ class CreateTaskBatchRequest(_message.Message):
         items: _abc.Iterable[Global___CreateTaskBatchRequest.Item] | None = ...,
         request_id: _builtins.str = ...,
         deadline_duration: _duration_pb2.Duration | None = ...,
+        webhook_url: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration", "items", b"items", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration", "items", b"items", "request_id", b"request_id", "webhook_url", b"webhook_url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -139,7 +139,7 @@ class TaskServiceServicer:
 
     def CreateTask(self, request, context):
         """Queues an operation on a file. Fails with FILE_NOT_FOUND, INPUT_UNSUPPORTED, QUOTA_EXCEEDED,
-        OPERATION_REQUIRED and other reasons of the bounds, or IDEMPOTENCY_KEY_REUSED.
+        OPERATION_REQUIRED and other reasons of the bounds, WEBHOOK_URL_REFUSED, or IDEMPOTENCY_KEY_REUSED.
         With a request id, repeating it answers the same task.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -36,7 +36,7 @@ class TaskServiceStub:
     def __new__(cls, channel: _aio.Channel) -> TaskServiceAsyncStub: ...
     CreateTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.CreateTaskRequest, _task_pb2.Task]
     """Queues an operation on a file. Fails with FILE_NOT_FOUND, INPUT_UNSUPPORTED, QUOTA_EXCEEDED,
-    OPERATION_REQUIRED and other reasons of the bounds, or IDEMPOTENCY_KEY_REUSED.
+    OPERATION_REQUIRED and other reasons of the bounds, WEBHOOK_URL_REFUSED, or IDEMPOTENCY_KEY_REUSED.
     With a request id, repeating it answers the same task.
     """
     CreateTaskBatch: _grpc.UnaryUnaryMultiCallable[_task_pb2.CreateTaskBatchRequest, _task_pb2.TaskBatch]
@@ -101,7 +101,7 @@ class TaskServiceAsyncStub(TaskServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateTask: _aio.UnaryUnaryMultiCallable[_task_pb2.CreateTaskRequest, _task_pb2.Task]  # type: ignore[assignment]
     """Queues an operation on a file. Fails with FILE_NOT_FOUND, INPUT_UNSUPPORTED, QUOTA_EXCEEDED,
-    OPERATION_REQUIRED and other reasons of the bounds, or IDEMPOTENCY_KEY_REUSED.
+    OPERATION_REQUIRED and other reasons of the bounds, WEBHOOK_URL_REFUSED, or IDEMPOTENCY_KEY_REUSED.
     With a request id, repeating it answers the same task.
     """
     CreateTaskBatch: _aio.UnaryUnaryMultiCallable[_task_pb2.CreateTaskBatchRequest, _task_pb2.TaskBatch]  # type: ignore[assignment]
@@ -169,7 +169,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.Task, _abc.Awaitable[_task_pb2.Task]]:
         """Queues an operation on a file. Fails with FILE_NOT_FOUND, INPUT_UNSUPPORTED, QUOTA_EXCEEDED,
-        OPERATION_REQUIRED and other reasons of the bounds, or IDEMPOTENCY_KEY_REUSED.
+        OPERATION_REQUIRED and other reasons of the bounds, WEBHOOK_URL_REFUSED, or IDEMPOTENCY_KEY_REUSED.
         With a request id, repeating it answers the same task.
         """
 
