@@ -38,7 +38,7 @@ from services.task.webhooks import (
 
 AT_ONCE = 32  # requests of a replica
 AT_ONCE_PER_USER = 4  # so that eight users whose receivers hang, not one, would hold up the others
-REQUEST_SECONDS = 10.0  # from the look at the name to the answer's head
+REQUEST_SECONDS = 10.0
 CONNECT_SECONDS = 3.0  # to one address, of at most
 ADDRESSES = 3
 POLL_SECONDS = 1.0
@@ -68,9 +68,17 @@ class HttpPosts:
         resolve: looks at names.
         allowed: networks where receivers may be though the world cannot reach them.
         tls: what their certificates are checked against.
+        seconds: from the look at the name to the answer's head.
     """
 
-    def __init__(self, resolve: Resolve, allowed: Collection[Network], tls: ssl.SSLContext) -> None:
+    def __init__(
+        self,
+        resolve: Resolve,
+        allowed: Collection[Network],
+        tls: ssl.SSLContext,
+        seconds: float = REQUEST_SECONDS,
+    ) -> None:
+        self._seconds = seconds
         # Without connections to keep, each request looks at its name anew.
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=tls,
@@ -82,14 +90,13 @@ class HttpPosts:
     async def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Outcome:
         sent = {"content-type": "application/json", "user-agent": USER_AGENT, "connection": "close", **headers}
         try:
-            async with asyncio.timeout(REQUEST_SECONDS):
+            async with asyncio.timeout(self._seconds):
                 async with self._pool.stream("POST", url, headers=list(sent.items()), content=body) as response:
                     return Outcome(status=response.status)
         except NoPublicAddress:
             return Outcome(failure=Failure.NO_PUBLIC_ADDRESS)
         except (httpcore.ConnectError, httpcore.ConnectTimeout) as failure:
-            wrong_certificate = isinstance(failure.__cause__, ssl.SSLError)
-            return Outcome(failure=Failure.TLS_FAILED if wrong_certificate else Failure.UNREACHABLE)
+            return Outcome(failure=Failure.TLS_FAILED if _is_tls(failure) else Failure.UNREACHABLE)
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, TimeoutError):
             return Outcome(failure=Failure.NO_ANSWER)
 
@@ -199,6 +206,13 @@ class Sender:
             return Outcome(failure=Failure.WEBHOOK_DELETED)
         headers = webhooks.headers(claimed.delivery, claimed.secrets, self._clock.now())
         return await self._posts.post(claimed.url, headers, claimed.delivery.body.encode())
+
+
+def _is_tls(failure: BaseException | None) -> bool:
+    """Tell whether a connection was made and its other side is not who it should be, or speaks no TLS."""
+    while failure is not None and not isinstance(failure, ssl.SSLError):
+        failure = failure.__context__
+    return failure is not None
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from atelier.media.v1 import media_pb2
 from atelier.storage.v1 import storage_pb2, storage_pb2_grpc
 from atelier.task.v1 import task_pb2 as pb
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub, add_TaskServiceServicer_to_server
+from atelier.task.v1.webhook_pb2_grpc import WebhookServiceStub, add_WebhookServiceServicer_to_server
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 
 from mesh import database, lock, wire
@@ -22,8 +24,8 @@ from mesh.errors import MeshError, NotFound, ResourceExhausted, Unavailable
 from mesh.outbox import Message
 from services.task import convert
 from services.task.domain import FORGET, Terms
-from services.task.handlers import TaskService
-from services.task.repository import SqlTasks
+from services.task.handlers import TaskService, WebhookService
+from services.task.repository import SqlTasks, SqlWebhooks
 from services.task.tables import lock_table, outbox_table
 from services.task.upkeep import Upkeep
 from services.task.watch import Watches
@@ -34,6 +36,7 @@ from tests.mesh_server import Server, serving
 
 KEY = "c" * 64
 OWNER, STRANGER = "usr_1", "usr_2"
+LOOPBACK = ip_network("127.0.0.0/8")
 PHOTO, MARK, TEXT = "fil_photo", "fil_mark", "fil_text"
 BRISK = Terms(lease=timedelta(milliseconds=200), slack=timedelta(milliseconds=50), backoff=timedelta(milliseconds=20))
 
@@ -168,6 +171,9 @@ class Replica:
             self.server.channel(user=user_id, metadata={key.replace("_", "-"): text for key, text in metadata.items()})
         )
 
+    def webhooks(self, user_id: str = OWNER) -> Any:
+        return WebhookServiceStub(self.server.channel(user=user_id))
+
     @property
     def worker(self) -> Any:
         return TaskServiceStub(self.server.channel(caller="media-worker"))
@@ -213,12 +219,21 @@ Start = Callable[..., Awaitable[Replica]]
 
 
 def resize(
-    *, file_id: str = PHOTO, width: int = 800, request_id: str = "", deadline: timedelta | None = None
+    *,
+    file_id: str = PHOTO,
+    width: int = 800,
+    request_id: str = "",
+    deadline: timedelta | None = None,
+    webhook_url: str = "",
 ) -> pb.CreateTaskRequest:
     operation = media_pb2.Operation(resize=media_pb2.Resize(width=width))
     limit = None if deadline is None else wire.duration(deadline)
     return pb.CreateTaskRequest(
-        input_file_id=file_id, operation=operation, request_id=request_id, deadline_duration=limit
+        input_file_id=file_id,
+        operation=operation,
+        request_id=request_id,
+        deadline_duration=limit,
+        webhook_url=webhook_url,
     )
 
 
@@ -278,23 +293,28 @@ def _replica(
                 partial(user_pb2_grpc.add_UserServiceServicer_to_server, users),
             ) as peers,
         ):
-            clock, tasks, uptime = HeldClock(), Interrupted(sql, convert.message_of), [0.0]
+            clock, tasks, uptime = HeldClock(), Interrupted(sql, convert.message_of, convert.told), [0.0]
             upkeep = Upkeep(tasks, bus, lambda: terms, monotonic=lambda: uptime[0])
             watches = Watches(tasks, clock, idle_seconds=idle_seconds)
             tasks.after_commit(watches.changed)
             peer = peers.channel(caller="task")
+            hooks = WebhookService(SqlWebhooks(sql), [LOOPBACK])
             servicer = TaskService(
                 tasks,
                 watches,
                 storage_pb2_grpc.StorageServiceStub(peer),
                 user_pb2_grpc.UserServiceStub(peer),
+                hooks,
                 capability_key=KEY,
                 terms=lambda: terms,
                 is_unserved=upkeep.is_unserved,
                 clock=clock,
             )
             work = [asyncio.create_task(each()) for each in watches.work(bus)]
-            async with serving(partial(add_TaskServiceServicer_to_server, servicer)) as server:
+            async with serving(
+                partial(add_TaskServiceServicer_to_server, servicer),
+                partial(add_WebhookServiceServicer_to_server, hooks),
+            ) as server:
                 yield Replica(server, tasks, watches, sql, clock, upkeep, uptime)
             for each in work:
                 each.cancel()
