@@ -293,7 +293,7 @@ def _replica(
                 partial(user_pb2_grpc.add_UserServiceServicer_to_server, users),
             ) as peers,
         ):
-            clock, tasks, uptime = HeldClock(), Interrupted(sql, convert.message_of, convert.told), [0.0]
+            clock, tasks, uptime = HeldClock(), Interrupted(sql, convert.message_of, convert.hook_body), [0.0]
             upkeep = Upkeep(tasks, bus, lambda: terms, monotonic=lambda: uptime[0])
             watches = Watches(tasks, clock, idle_seconds=idle_seconds)
             tasks.after_commit(watches.changed)
