@@ -23,9 +23,11 @@ from atelier.mesh.v1.topology_pb2_grpc import TopologyServiceStub
 from atelier.storage.v1 import storage_pb2
 from atelier.storage.v1.storage_pb2 import File
 from atelier.storage.v1.storage_pb2_grpc import StorageServiceStub
-from atelier.task.v1 import task_pb2
+from atelier.task.v1 import task_pb2, webhook_pb2
 from atelier.task.v1.task_pb2 import Task, TaskBatch
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub
+from atelier.task.v1.webhook_pb2 import Webhook, WebhookDelivery
+from atelier.task.v1.webhook_pb2_grpc import WebhookServiceStub
 from atelier.user.v1 import user_pb2
 from atelier.user.v1.user_pb2 import Quota, User
 from atelier.user.v1.user_pb2_grpc import UserServiceStub
@@ -64,6 +66,7 @@ _SERVICES = [
         (storage_pb2, "StorageService"),
         (task_pb2, "TaskService"),
         (user_pb2, "UserService"),
+        (webhook_pb2, "WebhookService"),
     )
 ]
 # Later Pythons than 3.11 know these; a name that is not known is sent as octets, which the server looks into.
@@ -105,6 +108,7 @@ class Atelier:
         self._auth = AuthServiceStub(channel)
         self._storage = StorageServiceStub(channel)
         self._tasks = TaskServiceStub(channel)
+        self._webhooks = WebhookServiceStub(channel)
         self._topology = TopologyServiceStub(channel)
         self._users = UserServiceStub(channel)
 
@@ -253,15 +257,18 @@ class Atelier:
         *,
         request_id: str | None = None,
         deadline: timedelta | None = None,
+        webhook_url: str = "",
     ) -> Task:
         """Queue an operation; with the same `request_id` again, the same task is answered.
 
-        With a deadline, it fails unless it has ended so long after its creation.
+        With a deadline, it fails unless it has ended so long after its creation. With a `webhook_url`, that hears of its
+        end in place of the account's webhook.
         """
         request = task_pb2.CreateTaskRequest(
             input_file_id=input_file_id,
             operation=operation,
             request_id=request_id or secrets.token_hex(16),
+            webhook_url=webhook_url,
         )
         if deadline is not None:
             request.deadline_duration.FromTimedelta(deadline)
@@ -295,9 +302,12 @@ class Atelier:
         *,
         request_id: str | None = None,
         deadline: timedelta | None = None,
+        webhook_url: str = "",
     ) -> TaskBatch:
         """Queue up to 1,000 operations, each on a file by its id, all or none; else as `create_task`."""
-        request = task_pb2.CreateTaskBatchRequest(request_id=request_id or secrets.token_hex(16))
+        request = task_pb2.CreateTaskBatchRequest(
+            request_id=request_id or secrets.token_hex(16), webhook_url=webhook_url
+        )
         for input_file_id, operation in items:
             request.items.add(input_file_id=input_file_id, operation=operation)
         if deadline is not None:
@@ -440,6 +450,38 @@ class Atelier:
         on_progress(Progress("sending", 0.0))
         request_id = secrets.token_hex(16)
         return await _patiently(lambda: self.upload(source, name=name, request_id=request_id, on_bytes=on_bytes))
+
+    # Webhooks
+
+    async def webhook(self) -> Webhook:
+        """Return one's webhook, with the secret that signs."""
+        return await self._signed_in(self._webhooks.GetWebhook, webhook_pb2.GetWebhookRequest())
+
+    async def set_webhook(self, url: str) -> Webhook:
+        """Name the URL that hears of the end of all one's tasks."""
+        return await self._signed_in(self._webhooks.SetWebhook, webhook_pb2.SetWebhookRequest(url=url))
+
+    async def delete_webhook(self) -> None:
+        await self._signed_in(self._webhooks.DeleteWebhook, webhook_pb2.DeleteWebhookRequest())
+
+    async def rotate_webhook_secret(self) -> Webhook:
+        """Make a new secret; the one before signs as well for a day."""
+        return await self._signed_in(self._webhooks.RotateWebhookSecret, webhook_pb2.RotateWebhookSecretRequest())
+
+    async def webhook_deliveries(self, *, task_id: str = "") -> AsyncIterator[WebhookDelivery]:
+        """Yield what was, is or will be sent to one's webhooks, newest first; no task means of any."""
+        request = webhook_pb2.ListWebhookDeliveriesRequest(task_id=task_id)
+        while True:
+            page = await self._signed_in(self._webhooks.ListWebhookDeliveries, request)
+            for delivery in page.deliveries:
+                yield delivery
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def resend_webhook_delivery(self, delivery_id: str) -> WebhookDelivery:
+        request = webhook_pb2.ResendWebhookDeliveryRequest(delivery_id=delivery_id)
+        return await self._signed_in(self._webhooks.ResendWebhookDelivery, request)
 
     # Administration
 

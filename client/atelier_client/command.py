@@ -14,7 +14,7 @@ from atelier.user.v1.user_pb2 import AuditQuotasResponse, Quota, Reservation, Us
 from click.shell_completion import get_completion_class
 
 from atelier_client import doctor as checks
-from atelier_client import mesh, work
+from atelier_client import mesh, webhooks, work
 from atelier_client.client import Atelier
 from atelier_client.errors import AtelierError, InvalidArgument, Unreachable
 from atelier_client.shell import (
@@ -59,6 +59,7 @@ def cli() -> None:
 cli.add_command(work.run)
 cli.add_command(work.tasks)
 cli.add_command(work.files)
+cli.add_command(webhooks.webhook)
 cli.add_command(mesh.mesh)
 
 

@@ -25,6 +25,7 @@ from atelier_client.credentials import FileCredentials
 from atelier_client.errors import AtelierError, NotSignedIn, Unreachable
 from atelier_client.server import Server
 
+DEFAULT_LIMIT = 50
 OK, FAILED, USAGE, NOT_SIGNED_IN, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 DEFAULT_SERVER = "http://127.0.0.1:8080"
 
@@ -43,6 +44,8 @@ _NEXT = {
     "TASK_ENDED": "atelier tasks show ID tells how.",
     "TASK_NOT_FOUND": "atelier tasks lists yours.",
     "TASK_NOT_RETRYABLE": "Only a failed or cancelled task can be tried again.",
+    "WEBHOOK_DELIVERY_NOT_FOUND": "atelier webhook deliveries lists yours.",
+    "WEBHOOK_NOT_FOUND": "Name a URL: atelier webhook set URL",
     "USERNAME_TAKEN": "Choose another name, or sign in: atelier login",
 }
 
@@ -142,6 +145,11 @@ class Group(click.Group):
 
 
 Group.group_class = Group
+
+
+limit_option = click.option(
+    "--limit", type=click.IntRange(1), default=DEFAULT_LIMIT, show_default=True, help="Most to list."
+)
 
 
 def global_options() -> list[click.Parameter]:

@@ -32,18 +32,16 @@ from atelier_client.shell import (
     Shell,
     connected,
     document,
+    limit_option,
     local_time,
     size,
     table,
 )
 
 STATES = {name.removeprefix("STATE_").lower(): number for name, number in Task.State.items() if number}
-DEFAULT_LIMIT = 50
 BATCH = "bat_"  # how the ids of batches begin
 MOST_AT_ONCE = 1000  # files of one batch
 STANDARD = "-"  # standard output, as a file's name
-
-_limit = click.option("--limit", type=click.IntRange(1), default=DEFAULT_LIMIT, show_default=True, help="Most to list.")
 
 
 class Steps:
@@ -105,9 +103,12 @@ def _runner(kind: FieldDescriptor) -> click.Command:
         output: str | None,
         detach: bool,
         deadline: float | None,
+        webhook: str,
         **values: Any,
     ) -> None:
         limit = None if deadline is None else timedelta(seconds=deadline)
+        if webhook and not detach:
+            raise click.UsageError("--webhook goes with --detach: who waits hears of the end here.")
         if len(sources) > 1:
             _require_folder(sources, output, detach)
         else:
@@ -123,9 +124,10 @@ def _runner(kind: FieldDescriptor) -> click.Command:
             operation = operations.build(kind, {**values, **sent})
             files = [await _on_server(atelier, source, steps) for source in sources]
             if len(files) > 1:
-                answer, text = await _many(atelier, steps, files, operation, None if detach else output, deadline=limit)
+                folder = None if detach else output
+                answer, text = await _many(atelier, steps, files, operation, folder, deadline=limit, webhook=webhook)
             elif output is None or detach:
-                task = await atelier.create_task(files[0].file_id, operation, deadline=limit)
+                task = await atelier.create_task(files[0].file_id, operation, deadline=limit, webhook_url=webhook)
                 answer = {"task": document(task)}
                 text = f"{task.task_id}\nFollow it with: atelier tasks watch {task.task_id}"
             else:
@@ -157,6 +159,12 @@ def _runner(kind: FieldDescriptor) -> click.Command:
                 type=click.FloatRange(1, 2_592_000),
                 help="Fail the task unless it has ended so long after its creation.",
             ),
+            click.Option(
+                ["--webhook"],
+                metavar="URL",
+                default="",
+                help="With --detach: what is told of the end, in place of what atelier webhook set names.",
+            ),
             click.Option(["--detach"], is_flag=True, help="Do not wait: print the task's id, and what to type next."),
         ],
         callback=run_kind,
@@ -173,11 +181,13 @@ async def _many(
     folder: str | None,
     *,
     deadline: timedelta | None,
+    webhook: str,
 ) -> tuple[dict[str, Any], str]:
     """Run an operation on several files, fetch what was made into `folder`; None does not wait for it."""
     items = [(file, operation) for file in files]
     if folder is None:
-        batch = await atelier.create_task_batch([(file.file_id, operation) for file in files], deadline=deadline)
+        queued = [(file.file_id, operation) for file in files]
+        batch = await atelier.create_task_batch(queued, deadline=deadline, webhook_url=webhook)
         text = f"{batch.batch_id}\nFollow it with: atelier tasks watch {batch.batch_id}"
         return {"batch": document(batch)}, text
     _require_names([file.name for file in files])
@@ -333,7 +343,7 @@ async def _fetched(atelier: Atelier, file: File, output: str, steps: Steps) -> i
 @click.group(cls=Group, invoke_without_command=True)
 @click.option("--state", type=click.Choice(list(STATES)), help="Only tasks in this state.")
 @click.option("--batch", metavar="BATCH_ID", default="", help="Only tasks of this batch.")
-@_limit
+@limit_option
 @click.pass_context
 def tasks(context: click.Context, state: str | None, batch: str, limit: int) -> None:
     """List your tasks, newest first; or look at one."""
@@ -417,7 +427,7 @@ async def retry(shell: Shell, atelier: Atelier, task_id: str) -> None:
 
 @tasks.command()
 @click.option("--reason", default="", help="Only those with this reason, e.g. WORKER_LOST.")
-@_limit
+@limit_option
 @connected
 async def dead_letters(shell: Shell, atelier: Atelier, reason: str, limit: int) -> None:
     """List everybody's tasks that used up their attempts, oldest first. For administrators."""
@@ -478,7 +488,7 @@ async def replay(shell: Shell, atelier: Atelier, rebuild: bool) -> None:
 
 
 @click.group(cls=Group, invoke_without_command=True)
-@_limit
+@limit_option
 @click.pass_context
 def files(context: click.Context, limit: int) -> None:
     """List your files, newest first; or send, fetch or delete some."""

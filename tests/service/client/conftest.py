@@ -20,7 +20,7 @@ import uvicorn
 from atelier.auth.v1 import auth_pb2, auth_pb2_grpc
 from atelier.mesh.v1 import topology_pb2, topology_pb2_grpc
 from atelier.storage.v1 import storage_pb2, storage_pb2_grpc
-from atelier.task.v1 import task_pb2, task_pb2_grpc
+from atelier.task.v1 import task_pb2, task_pb2_grpc, webhook_pb2, webhook_pb2_grpc
 from atelier.task.v1.task_pb2 import Task
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 from starlette.applications import Starlette
@@ -62,6 +62,10 @@ class NoTask(errors.NotFound):
     reason = "TASK_NOT_FOUND"
 
 
+class NoWebhook(errors.NotFound):
+    reason = "WEBHOOK_NOT_FOUND"
+
+
 class Full(errors.ResourceExhausted):
     reason = "QUOTA_EXCEEDED"
 
@@ -73,6 +77,7 @@ class Installation(
     task_pb2_grpc.TaskServiceServicer,
     topology_pb2_grpc.TopologyServiceServicer,
     user_pb2_grpc.UserServiceServicer,
+    webhook_pb2_grpc.WebhookServiceServicer,
 ):
     """What the client meets, and what of it the tests turn."""
 
@@ -86,6 +91,8 @@ class Installation(
     tasks: dict[str, Task] = field(default_factory=dict)
     request_ids: dict[str, str] = field(default_factory=dict)
     deadlines: dict[str, int] = field(default_factory=dict)
+    webhook_urls: dict[str, str] = field(default_factory=dict)
+    webhook: webhook_pb2.Webhook | None = None
     held: bool = False
     """Tasks run until they are cancelled."""
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -215,6 +222,7 @@ class Installation(
             await refuse(context, Full("No tasks left this month.", metadata={"metric": "tasks"}))
         task_id = self.request_ids.setdefault(request.request_id, f"tsk_{len(self.tasks) + 1}")
         self.deadlines[task_id] = request.deadline_duration.seconds
+        self.webhook_urls[task_id] = request.webhook_url
         task = Task(
             task_id=task_id, state=Task.STATE_QUEUED, input_file_id=request.input_file_id,
             operation=request.operation, progress={"stage": "queued"},
@@ -310,6 +318,41 @@ class Installation(
     async def RetryTask(self, request, context):
         self.tasks[request.task_id].state = Task.STATE_QUEUED
         return self.tasks[request.task_id]
+
+    # Webhooks
+
+    async def GetWebhook(self, _request, context):
+        await self.require_token(context)
+        if self.webhook is None:
+            await refuse(context, NoWebhook("You have no webhook yet."))
+        return self.webhook
+
+    async def SetWebhook(self, request, context):
+        await self.require_token(context)
+        self.webhook = webhook_pb2.Webhook(url=request.url, secret="whsec_1")
+        return self.webhook
+
+    async def RotateWebhookSecret(self, _request, context):
+        return webhook_pb2.Webhook(url=self.webhook.url, secret="whsec_2")
+
+    async def DeleteWebhook(self, _request, context):
+        self.webhook.url = ""
+        return webhook_pb2.DeleteWebhookResponse()
+
+    async def ListWebhookDeliveries(self, request, context):
+        number = int(request.page_token or 3)
+        delivery = webhook_pb2.WebhookDelivery(
+            delivery_id=f"whd_{number}", task_id=request.task_id or "tsk_9", event_type="atelier.task.v1.TaskFailed",
+            state=webhook_pb2.WebhookDelivery.STATE_FAILED, attempts=number, status=410, failure="GONE",
+        )  # fmt: skip
+        more = str(number - 1) if number > 1 else ""
+        return webhook_pb2.ListWebhookDeliveriesResponse(deliveries=[delivery], next_page_token=more)
+
+    async def ResendWebhookDelivery(self, request, context):
+        pending = webhook_pb2.WebhookDelivery.STATE_PENDING
+        return webhook_pb2.WebhookDelivery(delivery_id=request.delivery_id, state=pending)
+
+    # Administration of tasks
 
     async def ListDeadLetters(self, request, context):
         await self.require_token(context)
@@ -540,6 +583,7 @@ async def installation(tmp_path: Path) -> AsyncIterator[Installation]:
     storage_pb2_grpc.add_StorageServiceServicer_to_server(installation, server)
     task_pb2_grpc.add_TaskServiceServicer_to_server(installation, server)
     user_pb2_grpc.add_UserServiceServicer_to_server(installation, server)
+    webhook_pb2_grpc.add_WebhookServiceServicer_to_server(installation, server)
     grpc_port = server.add_insecure_port(f"{HOST}:0")
     await server.start()
     folder = tmp_path / "installation"

@@ -347,6 +347,49 @@ async def test_the_mesh_is_shown_to_people_and_to_programs(person: Person) -> No
     assert (unknown, "SERVICE_UNKNOWN" in complaint) == (1, True)
 
 
+async def test_a_webhook_is_set_shown_and_deleted(person: Person) -> None:
+    await person.registers()
+
+    none, _, hint = await person.types("webhook", "show")
+    _, made, _ = await person.types("webhook", "set", "https://example.com/hook")
+    _, shown, _ = await person.types("webhook", "show", "--json")
+    _, rotated, _ = await person.types("webhook", "rotate-secret")
+    _, _, _ = await person.types("webhook", "delete")
+    _, left, _ = await person.types("webhook", "show")
+
+    assert (none, hint.splitlines()[-1]) == (1, "Name a URL: atelier webhook set URL")
+    assert made.decode() == "https://example.com/hook\nsecret whsec_1\n"
+    assert json.loads(shown)["webhook"]["secret"] == "whsec_1"
+    assert rotated.decode() == "https://example.com/hook\nsecret whsec_2\n"
+    assert left.decode().startswith("Only tasks name URLs.")
+
+
+async def test_deliveries_are_listed_and_sent_again(person: Person) -> None:
+    await person.registers()
+
+    _, listed, _ = await person.types("webhook", "deliveries", "--task", "tsk_7", "--limit", "2")
+    _, again, _ = await person.types("webhook", "resend", "whd_3")
+
+    rows = [line.split() for line in listed.decode().splitlines()]
+    assert rows[1:] == [
+        ["whd_3", "tsk_7", "TaskFailed", "failed", "3", "410", "GONE"],
+        ["whd_2", "tsk_7", "TaskFailed", "failed", "2", "410", "GONE"],
+    ]
+    assert again.decode() == "whd_3 is pending.\n"
+
+
+async def test_a_detached_run_may_name_a_webhook(person: Person, installation: Installation) -> None:
+    photo(person)
+    await person.registers()
+    run = ("run", "resize", "photo.jpg", "--width", "8", "--webhook", "https://example.com/hook")
+
+    waiting, _, _ = await person.types(*run, "-o", "small.webp")
+    detached, _, _ = await person.types(*run, "--detach")
+
+    assert (waiting, detached) == (2, 0)
+    assert installation.webhook_urls == {"tsk_1": "https://example.com/hook"}
+
+
 async def test_dead_letters_are_listed_and_redriven(person: Person) -> None:
     await person.registers()
 
