@@ -261,8 +261,8 @@ class Atelier:
     ) -> Task:
         """Queue an operation; with the same `request_id` again, the same task is answered.
 
-        With a deadline, it fails unless it has ended so long after its creation. With a `webhook_url`, that hears of its
-        end in place of the account's webhook.
+        With a deadline, it fails unless it has ended so long after its creation. With a `webhook_url`, that hears of
+        its end in place of the account's webhook.
         """
         request = task_pb2.CreateTaskRequest(
             input_file_id=input_file_id,

@@ -14,8 +14,12 @@ from tests.people import Person, registered
 @pytest.fixture(scope="session")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     var = tmp_path_factory.mktemp("mesh") / "var"
-    generous = {"CONTROL_RATE_SIGN_IN": "100:500", "CONTROL_RATE_READ": "5000:5000"}
-    with running(var, replicas=2, settings=generous) as started:
+    settings = {
+        "CONTROL_RATE_SIGN_IN": "100:500",
+        "CONTROL_RATE_READ": "5000:5000",
+        "TASK_WEBHOOK_ALLOWED_NETWORKS": "127.0.0.2/32",  # where a test listens
+    }
+    with running(var, replicas=2, settings=settings) as started:
         yield started
 
 
