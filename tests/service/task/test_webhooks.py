@@ -367,6 +367,20 @@ async def test_what_was_delivered_can_be_sent_again(replica: Replica, receiver: 
     assert again.attempts == 2
 
 
+async def test_what_is_asked_for_again_while_it_is_being_sent_is_sent_again(replica: Replica, receiver: Receiver):
+    receiver.answering.clear()
+    await cancelled(replica, receiver.url())
+    async with sending(replica, PATIENCE):
+        await eventually(lambda: len(receiver.heard) == 1)
+
+        [delivery] = await deliveries(replica)
+        await resend(replica, delivery.delivery_id)
+        receiver.answering.set()
+        done = await come_to(replica, DELIVERED)
+
+    assert (done.attempts, receiver.ids()) == (2, [done.event_id] * 2)
+
+
 async def test_a_deleted_webhook_hears_nothing_more_and_keeps_its_secret(replica: Replica, receiver: Receiver):
     webhook = await set_url(replica, receiver.url())
     await cancelled(replica)

@@ -9,6 +9,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
+from scripts.local.layout import ROOT
 from services.task import webhooks
 from services.task.webhooks import (
     Delivery,
@@ -232,6 +233,20 @@ def test_a_request_is_signed_with_its_id_its_time_and_its_body():
     expected = hmac.digest(b64decode(secret.removeprefix("whsec_")), signed, hashlib.sha256)
     assert headers["webhook-id"] == "tsk_1/3"
     assert headers["webhook-signature"] == f"v1,{b64encode(expected).decode()}"
+
+
+def test_what_the_documentation_shows_to_receivers_verifies_it():
+    document = (ROOT / "docs" / "webhooks.md").read_text()
+    shown: dict = {}
+    exec(document.split("```python")[1].split("```")[0], shown)
+    secret, body, now = webhooks.new_secret(b"k" * webhooks.SECRET_BYTES), '{"id":"ü"}', datetime.now(UTC)
+    headers = webhooks.headers(delivery(body=body), [webhooks.new_secret(b"other"), secret], now)
+    old = webhooks.headers(delivery(body=body), [secret], now - timedelta(minutes=6))
+
+    assert shown["verified"](secret, headers, body.encode())
+    assert not shown["verified"](secret, headers, b"{}")
+    assert not shown["verified"](webhooks.new_secret(b"else"), headers, body.encode())
+    assert not shown["verified"](secret, old, body.encode())
 
 
 def test_after_a_rotation_both_secrets_sign_for_a_day():
