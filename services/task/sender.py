@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import httpcore
 
+from mesh import crash
 from mesh.clock import Clock
 from mesh.errors import Unavailable
 from services.task import webhooks
@@ -189,6 +190,7 @@ class Sender:
         except Exception:  # a bug: one delivery's must not hold up the others
             log.exception("webhook not sent", extra={"delivery_id": delivery.delivery_id})
             outcome = Outcome(failure=Failure.NO_ANSWER)
+        crash.point("webhook: posted")
         jitter = random.random()  # noqa: S311 - spreads requests over time, keeps no secret
         try:
             after = await self._owed.settle(delivery, outcome, self._patience, jitter)

@@ -24,6 +24,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory, armed: Path) -> Iterator[Mesh
         "ATELIER_CRASH_POINTS": str(armed),
         "TASK_ATTEMPTS": "20",  # of the usual three, those that die with their workers could all be one task's
         "PYTHONPATH": str(Path(__file__).parent / "clocks"),
+        "TASK_WEBHOOK_ALLOWED_NETWORKS": "127.0.0.1/32",  # where a test listens
     }
     with running(tmp_path_factory.mktemp("chaos") / "var", replicas=2, settings=settings) as mesh:
         yield mesh

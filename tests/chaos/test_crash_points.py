@@ -26,10 +26,13 @@ from tests.eventually import eventually
 from tests.installation import ROOT, Mesh
 from tests.people import Person, registered
 from tests.photographs import photograph
+from tests.webhook_receiver import receiving
 
-# In turns, so that whoever died is back when it is to die again. Workers near the end, after the task service:
-# what their deaths leave waits for a lease to lapse and for a service that has seen it, and so passes for all at once.
+# In turns, so that whoever died is back when it is to die again. The webhook first, since its lease is the longest; workers
+# near the end, after the task service: what their deaths leave waits for a lease to lapse and for a service that has seen
+# it, and so passes for all at once.
 POINTS = (
+    "webhook: posted",
     "create: key kept",
     "quota for tasks: written",
     "create: file known",
@@ -80,14 +83,21 @@ def points(folder: Path) -> Iterator[str]:
 @pytest.mark.timeout(420)
 async def test_a_process_that_dies_at_any_point_loses_nothing_and_does_nothing_twice(mesh: Mesh, armed: Path) -> None:
     jobs: list[Job] = []
-    async with registered(mesh.url) as person:
+    async with registered(mesh.url) as person, receiving() as receiver:
+        assert (await person.http.put("webhook", json={"url": receiver.url()})).is_success
         file_id = await uploaded(person, photograph())
         for number, name in enumerate(POINTS):
             (armed / name).touch()
             jobs.append(await accepted(person, file_id, width=20 + number))
             await eventually((armed / f"{name}{crash.HIT}").exists, within_seconds=60)
         evidence = await settled(mesh, jobs)
+        ends = {job.task_ids[0] for job in jobs}
+        await eventually(lambda: {each.event["data"]["taskId"] for each in receiver.heard} == ends, within_seconds=60)
+        first = [each.id for each in receiver.heard if each.event["data"]["taskId"] == jobs[0].task_ids[0]]
 
+    assert len(set(receiver.ids())) == len(POINTS)
+    assert len(first) > 1  # by whoever died, and once more
+    assert len(set(first)) == 1
     assert audited(evidence, jobs).wrong == []
     mine = [task for task in evidence.rows["task", "task"] if task["user_id"] == person.user_id]
     assert [task["state"] for task in mine] == ["SUCCEEDED"] * len(POINTS)
