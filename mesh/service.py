@@ -28,7 +28,7 @@ from mesh.config import ServiceConfig
 from mesh.context import Request
 from mesh.contract import Contract, Method
 from mesh.discovery import Registration
-from mesh.errors import Cancelled, InvalidArgument, MeshError, PermissionDenied, Unauthenticated, Unavailable
+from mesh.errors import Aborted, Cancelled, InvalidArgument, MeshError, PermissionDenied, Unauthenticated, Unavailable
 from mesh.identity import IdentityFeed, RemoteIdentityFeed, Verifier
 from mesh.intentions import Intentions
 from mesh.live import Live
@@ -45,12 +45,17 @@ _Read = Callable[[bytes], Any]
 HEALTH_PERIOD_SECONDS = 1.0
 DEPENDENCY_SECONDS = 2.0  # no answer for so long twice in a row, and the dependency counts as away
 PROPAGATION_SECONDS = 1.0  # from deregistration until every client has heard of it
+READER_SECONDS = 30.0  # in which the reader of a stream takes nothing of what is ready for it: then it is dropped
 STOP_SECONDS = 3.0  # beside the draining of two listeners: deregistration, propagation, closing what is open
 OPTIONS = [
     ("grpc.so_reuseport", 0),  # two instances on one port would be a mistake, not a feature
     # Clients ping every 30 s (mesh.channel), and Envoy asks a control plane every 10 s whether it is alive.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # As many as callers may have under way (mesh.control.snapshot): of a thousand that wait gRPC begins to end some,
+    # and calls it their own doing.
+    ("grpc.server.max_pending_requests", 10_000),
+    ("grpc.server.max_pending_requests_hard_limit", 20_000),
     # Above the 60 KiB that the edge lets in, cookies of other pages among them: gRPC's 8 KiB would be refused as 429.
     ("grpc.max_metadata_size", 80 * 1024),
     ("grpc.absolute_max_metadata_size", 96 * 1024),
@@ -67,6 +72,10 @@ class RequestMalformed(InvalidArgument):
     reason = "REQUEST_MALFORMED"
 
 
+class WatcherTooSlow(Aborted):
+    reason = "WATCHER_TOO_SLOW"
+
+
 class Admission(grpc.GenericRpcHandler):
     """Takes the handlers of servicers, as a server would, and wraps each in everything that the contract asks of it.
 
@@ -78,13 +87,23 @@ class Admission(grpc.GenericRpcHandler):
         intentions: what operators take from what the policies allow.
         rpcs: the policies.
         leaf: our certificate; callers must be of the same mesh.
+        reader_seconds: how long the reader of a stream may take nothing of what is ready for it.
     """
 
-    def __init__(self, verifier: Verifier, intentions: Intentions, rpcs: Contract, leaf: Leaf) -> None:
+    def __init__(
+        self,
+        verifier: Verifier,
+        intentions: Intentions,
+        rpcs: Contract,
+        leaf: Leaf,
+        *,
+        reader_seconds: float = READER_SECONDS,
+    ) -> None:
         self._intentions = intentions
         self._verifier = verifier
         self._leaf = leaf
         self._rpcs = rpcs
+        self._reader_seconds = reader_seconds
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         self._streams: dict[asyncio.Timeout, Request] = {}
         self._draining = asyncio.Event()
@@ -158,15 +177,30 @@ class Admission(grpc.GenericRpcHandler):
         async def write_all(message: Any, call: _Call) -> None:
             async with aclosing(inner(message, call)) as responses:
                 async for response in responses:
-                    try:
-                        await call.write(response)
-                    except grpc.aio.InternalError:
-                        raise asyncio.CancelledError from None  # nobody reads on; gRPC is about to say the same
+                    await self._write(response, call)
 
         async def serve_stream(body: bytes, call: _Call) -> None:
             await self._serve(method, body, read, call, write_all)
 
         return serve_stream
+
+    async def _write(self, response: Any, call: _Call) -> None:
+        """Send one message of a stream. It waits while what was sent before fills the reader's window.
+
+        Raises:
+            WatcherTooSlow: for too long.
+        """
+        try:
+            async with asyncio.timeout(self._reader_seconds):
+                await call.write(response)
+        except grpc.aio.InternalError:
+            raise asyncio.CancelledError from None  # nobody reads on; gRPC is about to say the same
+        except TimeoutError:
+            seconds = f"{self._reader_seconds:g}"
+            raise WatcherTooSlow(
+                f"Nothing was read for {seconds} s of what was ready. Watch again from the last cursor.",
+                metadata={"seconds": seconds},
+            ) from None
 
     # Requests are read here and not by gRPC, which would tell the caller of Python's exceptions.
     async def _serve(self, method: Method, body: bytes, read: _Read, call: _Call, handler: _Handler) -> Any:

@@ -47,6 +47,10 @@ class Mesh:
             if process["name"].rpartition("-")[0] == service and process["pid"]
         }
 
+    def pid(self, name: str) -> int:
+        """Return the process id of what `scripts/status` calls `name`."""
+        return next(process["pid"] for process in self.status()["processes"] if process["name"] == name)
+
     def atelier(self, *arguments: str, home: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run the command as a person with the home folder `home` would."""
         return subprocess.run(

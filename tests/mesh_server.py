@@ -11,7 +11,7 @@ import json
 import ssl
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -29,6 +29,8 @@ from mesh.identity import Verifier
 from mesh.intentions import Intention, Intentions
 from tests.authority import grpc_client, leaf
 
+NARROW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_535), ("grpc.use_local_subchannel_pool", 1)]
+"""Options of a channel whose streams hold 64 KiB that nobody has read: HTTP/2's own window, which does not grow."""
 SERVICE = "storage"
 """Whose certificate the service under test shows; nobody looks at the name, but for the HTTP listener's."""
 KEY = ec.generate_private_key(ec.SECP256R1())
@@ -84,9 +86,9 @@ class Server:
         self._stack = stack
         self._channels: dict[str, grpc.aio.Channel] = {}
 
-    def bare(self, caller: str = "edge") -> grpc.aio.Channel:
+    def bare(self, caller: str = "edge", options: Sequence[tuple[str, Any]] = ()) -> grpc.aio.Channel:
         """Return a new channel of plain gRPC: no deadline, no metadata, no errors of ours."""
-        return grpc.aio.secure_channel(self.address, grpc_client(leaf(caller).present))
+        return grpc.aio.secure_channel(self.address, grpc_client(leaf(caller).present), options=options)
 
     def revoke(self, claim: str, value: str) -> None:
         """Revoke, as the identity feed would, the tokens in which a claim has a value."""
@@ -122,6 +124,7 @@ async def serving(
     http: Mapping[str, http_listener.Endpoint] | None = None,
     rpcs: Contract | None = None,
     service_name: str = SERVICE,
+    reader_seconds: float = service.READER_SECONDS,
 ) -> AsyncIterator[Server]:
     """Serve on free ports of loopback, with the certificate of `service_name`."""
     own, rpcs = leaf(service_name), rpcs or contract.installed()
@@ -129,7 +132,7 @@ async def serving(
     verifier.take(JWKS)
     intentions.take([])
     async with AsyncExitStack() as stack:
-        admission = service.Admission(verifier, intentions, rpcs, own)
+        admission = service.Admission(verifier, intentions, rpcs, own, reader_seconds=reader_seconds)
         server = grpc.aio.server(handlers=[admission], options=service.OPTIONS)
         for add in register:
             add(admission)

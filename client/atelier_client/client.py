@@ -36,6 +36,7 @@ from google.protobuf.message import Message
 
 from atelier_client.credentials import Credentials, MemoryCredentials, Session
 from atelier_client.errors import (
+    Aborted,
     AtelierError,
     DeadlineExceeded,
     NotSignedIn,
@@ -360,7 +361,7 @@ class Atelier:
                 error = from_call(failure, self.server.url)
                 if isinstance(error, Unauthenticated) and not refused:
                     refused = token
-                elif isinstance(error, Unavailable | Unreachable | DeadlineExceeded):
+                elif isinstance(error, Unavailable | Unreachable | DeadlineExceeded | Aborted):
                     await patience.tried(error)
                 else:
                     raise error from failure

@@ -40,6 +40,9 @@ from mesh.identity import AUDIENCE, ISSUER, LEEWAY_SECONDS
 RATELIMIT = "ratelimit"
 MAX_BUCKETS = 20_000  # users and addresses seen lately; about 5 MB
 IDLE_TIMEOUT = "30s"  # of a connection to a service's HTTP listener; less than that keeps it (mesh.http)
+# What nobody reads is to wait at the service, not here: its stream stands still then, and the service ends it.
+STREAM_WINDOW_BYTES = 64 * 1024
+CONNECTION_WINDOW_BYTES = 256 * 1024 * 1024  # 4,000 streams that stand still leave the others of a connection theirs
 MAX_RESPONSE_BYTES = 4 * 1024 * 1024  # gRPC's own limit for a message
 
 _HTTP_FILTERS = f"{ENVOY}.extensions.filters.http"
@@ -134,8 +137,12 @@ def _cluster(name: str, settings: Settings, spiffe_id: str) -> Spec:
     }
     if not name.endswith("-http"):
         # A service that hangs without closing its connections is noticed; servers permit this (mesh.service).
-        alive = {"connection_keepalive": {"interval": "30s", "timeout": "5s"}}
-        http = {"explicit_http_config": {"http2_protocol_options": alive}}
+        options: Spec = {
+            "connection_keepalive": {"interval": "30s", "timeout": "5s"},
+            "initial_stream_window_size": STREAM_WINDOW_BYTES,
+            "initial_connection_window_size": CONNECTION_WINDOW_BYTES,
+        }
+        http = {"explicit_http_config": {"http2_protocol_options": options}}
         tls["alpn_protocols"] = ["h2"]  # gRPC's servers insist
     return {
         **cluster(name, tls, settings.max_requests),

@@ -29,8 +29,8 @@ from tests.photographs import photograph
 from tests.webhook_receiver import receiving
 
 # In turns, so that whoever died is back when it is to die again. The webhook first, since its lease is the longest;
-# workers near the end, after the task service: what their deaths leave waits for a lease to lapse and for a service that
-# has seen it, and so passes for all at once.
+# workers near the end, after the task service: what their deaths leave waits for a lease to lapse and for a service
+# that has seen it, and so passes for all at once.
 POINTS = (
     "webhook: posted",
     "create: key kept",

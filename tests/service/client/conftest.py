@@ -97,8 +97,8 @@ class Installation(
     """Tasks run until they are cancelled."""
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     failing: bool = False
-    break_watch: bool = False
-    """The next watch breaks after its first answer."""
+    break_watch: errors.MeshError | None = None
+    """What the next watch breaks with after its first answer."""
     watched_from: list[str] = field(default_factory=list)
     full: bool = False
     ready: bool = True
@@ -293,8 +293,8 @@ class Installation(
         if not request.cursor:
             yield task_pb2.WatchTaskResponse(task=task, cursor="1")
         if self.break_watch:
-            self.break_watch = False
-            await refuse(context, errors.Unavailable("This replica stops."))
+            why, self.break_watch = self.break_watch, None
+            await refuse(context, why)
         if task.state == Task.STATE_QUEUED:
             task.state = Task.STATE_RUNNING
             task.progress.stage, task.progress.fraction, task.attempt = "process", 0.5, 1

@@ -22,6 +22,7 @@ from atelier_client.errors import (
     Unreachable,
 )
 
+from mesh import errors
 from tests.eventually import eventually
 from tests.ports import free_port
 from tests.service.client.conftest import HOST, PASSWORD, RESULT, Installation
@@ -164,8 +165,11 @@ async def test_logging_out_ends_the_session_on_the_server(atelier: Atelier, inst
         await atelier.me()
 
 
-async def test_a_broken_watch_is_resumed_where_it_was(atelier: Atelier, installation: Installation) -> None:
-    installation.break_watch = True
+@pytest.mark.parametrize("why", [errors.Unavailable("This replica stops."), errors.Aborted("Too slow.")])
+async def test_a_broken_watch_is_resumed_where_it_was(
+    atelier: Atelier, installation: Installation, why: errors.MeshError
+) -> None:
+    installation.break_watch = why
     task = await atelier.create_task("fil_1", SHRINK)
 
     states = [seen.state async for seen in atelier.watch(task.task_id)]

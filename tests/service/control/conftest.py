@@ -77,6 +77,7 @@ class StubTasks(task_pb2_grpc.TaskServiceServicer):
         self.calls = 0
         self.waits: list[float] = []
         self.continued = asyncio.Event()
+        self.flooded_at = 0.0
 
     def _note(self, context) -> None:
         self.calls += 1
@@ -113,6 +114,9 @@ class StubTasks(task_pb2_grpc.TaskServiceServicer):
 
     async def WatchTaskEvents(self, request, context):
         self._note(context)
+        while request.task_id == "tsk_flood":
+            self.flooded_at = time.monotonic()
+            yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=b"data: " + 20_000 * b"x" + b"\n\n")
         yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=b"id: 1\ndata: {}\n\n")
         await self.continued.wait()
         yield httpbody_pb2.HttpBody(content_type="text/event-stream", data=b": still here\n\n")

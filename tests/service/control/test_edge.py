@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import grpc
@@ -14,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from mesh.control.edge import Rate
 from mesh.control.known import Known
+from tests.eventually import eventually
 from tests.service.control.conftest import HOST, Edge, Keys
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -367,6 +370,21 @@ async def test_events_pass_as_they_come(at_edge: Edge) -> None:
     assert watch.headers["content-type"] == "text/event-stream"
     assert "content-encoding" not in watch.headers
     assert first == b"id: 1\ndata: {}\n\n"
+
+
+async def test_who_does_not_read_holds_up_nobody_else(at_edge: Edge) -> None:
+    def stand_still() -> bool:
+        return time.monotonic() - at_edge.tasks.flooded_at > 0.5
+
+    async with AsyncExitStack() as stack:
+        for _ in range(8):
+            flood = at_edge.client.stream("GET", "/api/v1/tasks/tsk_flood:watch", headers=at_edge.keys.bearer())
+            await stack.enter_async_context(flood)
+        await eventually(stand_still, within_seconds=30)
+
+        answers = [await at_edge.client.get(TASK, headers=at_edge.keys.bearer()) for _ in range(10)]
+
+    assert [answer.status_code for answer in answers] == [200] * 10
 
 
 async def test_large_json_is_compressed(at_edge: Edge) -> None:

@@ -26,7 +26,7 @@ from mesh.contract import Contract
 from mesh.errors import MeshError
 from mesh.intentions import Intention
 from tests.eventually import eventually
-from tests.mesh_server import JWKS, Server, headers, serving
+from tests.mesh_server import JWKS, NARROW, Server, headers, serving
 
 TASK = "/atelier.task.v1.TaskService"
 FAR_AWAY_SECONDS = 30.0
@@ -121,9 +121,11 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
 
 
 @asynccontextmanager
-async def tasks_served(tasks: Tasks, **seconds: float) -> AsyncIterator[Server]:
+async def tasks_served(
+    tasks: Tasks, reader_seconds: float = service.READER_SECONDS, **seconds: float
+) -> AsyncIterator[Server]:
     add = partial(task_pb2_grpc.add_TaskServiceServicer_to_server, tasks)
-    async with serving(add, rpcs=with_deadlines(**seconds)) as server:
+    async with serving(add, rpcs=with_deadlines(**seconds), reader_seconds=reader_seconds) as server:
         yield server
 
 
@@ -589,6 +591,29 @@ async def test_a_stream_whose_reader_is_slow_ends_in_time_too(tasks, caplog) -> 
     assert bugs(caplog) == []
 
 
+async def test_a_reader_that_takes_nothing_is_dropped_and_told_why(tasks, caplog) -> None:
+    sent = 0
+
+    async def flood(request):
+        nonlocal sent
+        while True:
+            sent += 1
+            yield task_pb2.WatchTaskResponse(cursor="x" * 1000)
+
+    tasks.watch = flood
+    async with tasks_served(tasks, reader_seconds=0.2) as server, server.bare(options=NARROW) as narrow:
+        stream = task_pb2_grpc.TaskServiceStub(narrow).WatchTask(WATCH, metadata=metadata())
+        await stream.read()
+        await asyncio.wait_for(tasks.ended.wait(), 5)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await read_on(stream)
+
+    error = status.from_call(refused.value.code(), "", tuple(refused.value.trailing_metadata()))
+    assert (error.code, error.reason, error.metadata["seconds"]) == ("ABORTED", "WATCHER_TOO_SLOW", "0.2")
+    assert sent < 100  # what waits for a reader is one window, and one message here
+    assert bugs(caplog) == []
+
+
 async def test_the_callers_shorter_deadline_wins(server, tasks, caplog) -> None:
     tasks.get = for_ever
 
@@ -611,6 +636,14 @@ async def test_a_caller_that_leaves_while_it_is_refused_is_no_bug(server, tasks,
         await asyncio.gather(*[leaves() for _ in range(100)])
 
     assert bugs(caplog) == []
+
+
+async def test_two_thousand_who_come_at_once_are_all_answered(server) -> None:
+    stub = people(server)
+
+    answers = await asyncio.gather(*[stub.GetTask(GET) for _ in range(2_000)])
+
+    assert {answer.task_id for answer in answers} == {GET.task_id}
 
 
 async def test_the_callers_longer_deadline_does_not(tasks) -> None:

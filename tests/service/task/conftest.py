@@ -22,6 +22,7 @@ from atelier.user.v1 import user_pb2, user_pb2_grpc
 from mesh import database, lock, wire
 from mesh.errors import MeshError, NotFound, ResourceExhausted, Unavailable
 from mesh.outbox import Message
+from mesh.service import READER_SECONDS
 from services.task import convert
 from services.task.domain import FORGET, Terms
 from services.task.handlers import TaskService, WebhookService
@@ -270,8 +271,12 @@ async def start(url: str, storage: Storage, users: Users, bus: Bus) -> AsyncIter
     """Start any number of replicas over one database."""
     async with AsyncExitStack() as stack:
 
-        async def start(terms: Terms = BRISK, idle_seconds: float = 15.0) -> Replica:
-            return await stack.enter_async_context(_replica(url, storage, users, bus, terms, idle_seconds))
+        async def start(
+            terms: Terms = BRISK, idle_seconds: float = 15.0, reader_seconds: float = READER_SECONDS
+        ) -> Replica:
+            return await stack.enter_async_context(
+                _replica(url, storage, users, bus, terms, idle_seconds, reader_seconds)
+            )
 
         yield start
 
@@ -282,7 +287,7 @@ async def replica(start: Start) -> Replica:
 
 
 def _replica(
-    url: str, storage: Storage, users: Users, bus: Bus, terms: Terms, idle_seconds: float
+    url: str, storage: Storage, users: Users, bus: Bus, terms: Terms, idle_seconds: float, reader_seconds: float
 ) -> AbstractAsyncContextManager[Replica]:
     @asynccontextmanager
     async def running() -> AsyncIterator[Replica]:
@@ -314,6 +319,7 @@ def _replica(
             async with serving(
                 partial(add_TaskServiceServicer_to_server, servicer),
                 partial(add_WebhookServiceServicer_to_server, hooks),
+                reader_seconds=reader_seconds,
             ) as server:
                 yield Replica(server, tasks, watches, sql, clock, upkeep, uptime)
             for each in work:

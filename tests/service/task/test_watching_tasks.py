@@ -2,16 +2,24 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import timedelta
 
+import grpc
 import pytest
+from atelier.media.v1 import media_pb2
 from atelier.task.v1 import task_pb2 as pb
+from atelier.task.v1.task_pb2_grpc import TaskServiceStub
 from google.protobuf.json_format import Parse
 
+from mesh import status
 from mesh.errors import MeshError
 from services.task.domain import Terms
-from tests.service.task.conftest import STRANGER, Bus, Replica, Start, refused
+from tests.eventually import eventually
+from tests.mesh_server import NARROW, headers
+from tests.service.task.conftest import OWNER, PHOTO, STRANGER, Bus, Replica, Start, refused
 
 Seen = tuple[str, int]  # state, cursor
 
@@ -126,6 +134,37 @@ async def test_a_watch_resumes_after_its_cursor_on_any_replica(start: Start):
         "3": [],
     }.items():
         assert await Watcher(there, task, cursor).rest() == expected
+
+
+@pytest.mark.parametrize("as_events", [False, True])
+async def test_a_slow_watcher_is_dropped_and_resumes_without_losing_a_state(start: Start, as_events: bool):
+    replica, patient = await start(Terms(), reader_seconds=0.3), await start(Terms())
+    text = media_pb2.Watermark.Text(content="\U0001f4f7" * 200)  # so that few states fill a window
+    operation = media_pb2.Operation(watermark=media_pb2.Watermark(text=text))
+    task = await replica.user().CreateTask(pb.CreateTaskRequest(input_file_id=PHOTO, operation=operation))
+    for _ in range(60):
+        await replica.fail(await replica.claimed(), returned=True)
+    await replica.complete(await replica.claimed())
+    async with replica.server.bare(options=NARROW) as narrow:
+        stub, seen = TaskServiceStub(narrow), []
+        carried = headers(OWNER, extra={"last-event-id": "0"}).items()
+        if as_events:
+            stream = stub.WatchTaskEvents(pb.WatchTaskEventsRequest(task_id=task.task_id), metadata=[*carried])
+        else:
+            stream = stub.WatchTask(pb.WatchTaskRequest(task_id=task.task_id, cursor="0"), metadata=[*carried])
+        seen.append(await stream.read())
+
+        await eventually(lambda: not replica.watches.has_watchers(task.task_id), within_seconds=20)
+        with suppress(grpc.aio.AioRpcError):
+            while (answer := await stream.read()) is not grpc.aio.EOF:
+                seen.append(answer)
+
+    error = status.from_call(await stream.code(), "", tuple(await stream.trailing_metadata()))
+    assert (error.reason, error.metadata["seconds"]) == ("WATCHER_TOO_SLOW", "0.3")
+    cursors = [int(re.search(rb"id: (\d+)", each.data).group(1)) if as_events else int(each.cursor) for each in seen]
+    resumed = await Watcher(patient, task, str(cursors[-1])).rest()
+    assert cursors + [cursor for _, cursor in resumed] == list(range(1, 124))
+    assert len(cursors) < 123
 
 
 async def test_a_failed_task_that_is_retried_goes_on(replica: Replica):

@@ -184,7 +184,8 @@ class TaskServiceServicer:
 
     def WatchTask(self, request, context):
         """Sends the task now and after every change, and ends with the task. States are never skipped, progress
-        may be. Fails with TASK_NOT_FOUND, TOKEN_EXPIRED (15 min after the token's expiry) or TOKEN_REVOKED.
+        may be. Fails with TASK_NOT_FOUND, TOKEN_EXPIRED (15 min after the token's expiry), TOKEN_REVOKED, or
+        WATCHER_TOO_SLOW when nothing was read for 30 s of what was ready: watch again from the last cursor.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -53,7 +53,8 @@ class TaskServiceStub:
     """Lists one's tasks, newest first. Fails with PAGE_TOKEN_MALFORMED."""
     WatchTask: _grpc.UnaryStreamMultiCallable[_task_pb2.WatchTaskRequest, _task_pb2.WatchTaskResponse]
     """Sends the task now and after every change, and ends with the task. States are never skipped, progress
-    may be. Fails with TASK_NOT_FOUND, TOKEN_EXPIRED (15 min after the token's expiry) or TOKEN_REVOKED.
+    may be. Fails with TASK_NOT_FOUND, TOKEN_EXPIRED (15 min after the token's expiry), TOKEN_REVOKED, or
+    WATCHER_TOO_SLOW when nothing was read for 30 s of what was ready: watch again from the last cursor.
     """
     WatchTaskEvents: _grpc.UnaryStreamMultiCallable[_task_pb2.WatchTaskEventsRequest, _httpbody_pb2.HttpBody]
     """WatchTask as `text/event-stream`: one task in JSON per `data:` line, `id:` its cursor. Honours
@@ -118,7 +119,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """Lists one's tasks, newest first. Fails with PAGE_TOKEN_MALFORMED."""
     WatchTask: _aio.UnaryStreamMultiCallable[_task_pb2.WatchTaskRequest, _task_pb2.WatchTaskResponse]  # type: ignore[assignment]
     """Sends the task now and after every change, and ends with the task. States are never skipped, progress
-    may be. Fails with TASK_NOT_FOUND, TOKEN_EXPIRED (15 min after the token's expiry) or TOKEN_REVOKED.
+    may be. Fails with TASK_NOT_FOUND, TOKEN_EXPIRED (15 min after the token's expiry), TOKEN_REVOKED, or
+    WATCHER_TOO_SLOW when nothing was read for 30 s of what was ready: watch again from the last cursor.
     """
     WatchTaskEvents: _aio.UnaryStreamMultiCallable[_task_pb2.WatchTaskEventsRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
     """WatchTask as `text/event-stream`: one task in JSON per `data:` line, `id:` its cursor. Honours
@@ -222,7 +224,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_task_pb2.WatchTaskResponse], _abc.AsyncIterator[_task_pb2.WatchTaskResponse]]:
         """Sends the task now and after every change, and ends with the task. States are never skipped, progress
-        may be. Fails with TASK_NOT_FOUND, TOKEN_EXPIRED (15 min after the token's expiry) or TOKEN_REVOKED.
+        may be. Fails with TASK_NOT_FOUND, TOKEN_EXPIRED (15 min after the token's expiry), TOKEN_REVOKED, or
+        WATCHER_TOO_SLOW when nothing was read for 30 s of what was ready: watch again from the last cursor.
         """
 
     @_abc_1.abstractmethod
