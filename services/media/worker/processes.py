@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mesh.errors import BY_CODE_NUMBER, Internal
 from services.media.config import WorkerConfig
-from services.media.domain import Format, Operation, TimeLimitExceeded, WorkerCrashed, Written
+from services.media.domain import Format, Operation, OutOfMemory, TimeLimitExceeded, WorkerCrashed, Written
 
 JOBS_PER_PROCESS = 500  # then a fresh one: whatever libraries leak is bounded
 
@@ -89,7 +89,7 @@ class Slot:
                 if "progress" in message:
                     told(message["progress"])
                     continue
-                alive = self._jobs < JOBS_PER_PROCESS
+                alive = self._jobs < JOBS_PER_PROCESS and not _out_of_memory(message)
                 return _outcome(message)
             raise _death(await process.wait(), seconds)
         finally:
@@ -109,6 +109,11 @@ class Slot:
         for folder in (self.folder, self._root / "temporary"):
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
             folder.mkdir(parents=True)
+
+
+def _out_of_memory(message: dict[str, list[object]]) -> bool:
+    """Tell whether a child met its limit: what its libraries make of that is known of none of them."""
+    return message.get("refused", [])[1:2] == [OutOfMemory.reason]
 
 
 def _death(status: int, seconds: int) -> TimeLimitExceeded | WorkerCrashed:

@@ -12,6 +12,13 @@ from PIL import Image
 from mesh.errors import Unavailable
 from tests.eventually import eventually
 from tests.service.media.conftest import LONG, SHORT, Start
+from tests.slow_image import slow_image
+
+
+def memory_of_jobs() -> int:
+    """Return the resident memory of all processes that work for this one's workers."""
+    children = [each for each in psutil.Process().children() if "services.media.worker.child" in each.cmdline()]
+    return sum(child.memory_info().rss for child in children)
 
 
 async def test_a_task_becomes_a_result_with_a_telling_name(start: Start):
@@ -97,15 +104,20 @@ async def test_storage_away_for_long_is_transient(start: Start):
     assert (failure.error.reason, failure.transient) == ("STORAGE_UNAVAILABLE", True)
 
 
-async def test_a_cancelled_task_stops_its_process_within_two_seconds(start: Start):
+async def test_a_cancelled_decode_is_stopped_within_two_seconds_and_its_memory_is_free(start: Start):
     world = await start()
-    task_id = world.do(LONG, "fil_retina")
-    await eventually(lambda: "process" in world.tasks.stages(task_id), within_seconds=20)
+    world.storage.inputs["fil_slow"] = ("slow.avif", slow_image())
+    before = world.do()
+    await eventually(lambda: before in world.tasks.completed)
     child = psutil.Process(world.slots[0].pid)
+    idle_bytes = child.memory_info().rss
+    task_id = world.do(SHORT, "fil_slow")
+    await eventually(lambda: child.memory_info().rss > idle_bytes + 20 * 1024**2, within_seconds=30)
 
     world.tasks.lost.add(task_id)
 
     await eventually(lambda: not child.is_running(), within_seconds=2)
+    assert memory_of_jobs() <= idle_bytes
     await eventually(lambda: world.storage.discarded == [f"may-{task_id}"])
     await eventually(lambda: not world.left_behind())
     after = world.do()
@@ -135,14 +147,17 @@ async def test_an_operation_out_of_time_fails_for_good(start: Start):
     assert (failure.error.reason, failure.transient) == ("TIME_LIMIT_EXCEEDED", False)
 
 
-async def test_an_operation_out_of_memory_is_transient(start: Start):
-    world = await start(job_memory_bytes=200 * 1024**2)
+async def test_a_decode_that_the_kernel_gives_no_memory_is_transient_and_the_process_replaced(start: Start):
+    world = await start(job_memory_bytes=200 * 1024**2)  # of 600 MiB that it needs
+    world.storage.inputs["fil_slow"] = ("slow.avif", slow_image())
+    child = psutil.Process(world.slots[0].pid)
+    await eventually(lambda: child.rlimit(psutil.RLIMIT_DATA)[0] == 200 * 1024**2, within_seconds=20)
 
-    task_id = world.do(LONG, "fil_retina")
+    task_id = world.do(SHORT, "fil_slow")
 
-    failure = await eventually(lambda: world.tasks.failed.get(task_id), within_seconds=20)
-    assert failure.error.reason in {"OUT_OF_MEMORY", "WORKER_CRASHED"}
-    assert failure.transient
+    failure = await eventually(lambda: world.tasks.failed.get(task_id), within_seconds=30)
+    assert (failure.error.reason, failure.transient, failure.returned) == ("OUT_OF_MEMORY", True, False)
+    assert not child.is_running()
     after = world.do()
     await eventually(lambda: after in world.tasks.completed)
 
