@@ -222,21 +222,8 @@ class SqlTasks:
         return None if row is None else _task(row)
 
     async def page(self, query: Query) -> Page:
-        place = tuple_(task_table.c.create_time, task_table.c.task_id)
-        found = (
-            select(task_table)
-            .where(task_table.c.user_id == query.user_id)
-            .order_by(task_table.c.create_time.desc(), task_table.c.task_id.desc())
-            .limit(query.size + 1)
-        )
-        if query.state is not None:
-            found = found.where(task_table.c.state == query.state)
-        if query.batch_id is not None:
-            found = found.where(task_table.c.batch_id == query.batch_id)
-        if query.after is not None:
-            found = found.where(place < tuple_(*query.after, types=[Timestamp(), String()]))
         async with self._database.reading() as connection:
-            tasks = [_task(row) for row in await connection.execute(found)]
+            tasks = [_task(row) for row in await connection.execute(listed(query))]
         return Page(tasks[: query.size], len(tasks) > query.size)
 
     async def dead(self, query: DeadQuery) -> Page:
@@ -604,6 +591,28 @@ def _delivery(row: Row[Any]) -> Delivery:
     columns = row._asdict()
     failure = None if row.failure is None else DeliveryFailure(row.failure)
     return Delivery(**{**columns, "state": DeliveryState(row.state), "failure": failure})
+
+
+def listed(query: Query) -> Select[Any]:
+    """Return what finds a page of a user's tasks, and one more where more follow."""
+    if query.batch_id is None:
+        among = task_table.c.user_id == query.user_id
+    else:
+        # A batch's tasks are its owner's. Asked for the user, too, SQLite would rather look through all that he has.
+        own = (batch_table.c.batch_id == query.batch_id) & (batch_table.c.user_id == query.user_id)
+        among = task_table.c.batch_id == select(batch_table.c.batch_id).where(own).scalar_subquery()
+    found = (
+        select(task_table)
+        .where(among)
+        .order_by(task_table.c.create_time.desc(), task_table.c.task_id.desc())
+        .limit(query.size + 1)
+    )
+    if query.state is not None:
+        found = found.where(task_table.c.state == query.state)
+    if query.after is not None:
+        place = tuple_(task_table.c.create_time, task_table.c.task_id)
+        found = found.where(place < tuple_(*query.after, types=[Timestamp(), String()]))
+    return found
 
 
 async def _locked(connection: AsyncConnection, task_id: str) -> Task | None:
