@@ -142,5 +142,5 @@ async def settled(mesh: Mesh, jobs: list[Job]) -> Evidence:
                 storage.execute(age, [evidence.now, *ago])
         return None if pending else evidence
 
-    evidence: Evidence = await eventually(put_right, within_seconds=120)
+    evidence: Evidence = await eventually(put_right, within_seconds=180)
     return evidence
