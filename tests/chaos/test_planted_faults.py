@@ -53,6 +53,14 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 
 @pytest.fixture
 async def person(copy: Mesh) -> AsyncIterator[Person]:
+    nobody = {"login": "nobody", "password": "wrong"}
+    async with httpx.AsyncClient(base_url=f"{copy.url}/api/v1/") as http:
+
+        async def known_to_the_edge() -> bool:
+            """Tell whether the edge has heard that the user service, killed by the test before, is back."""
+            return (await http.post("users/login", json=nobody)).status_code == httpx.codes.UNAUTHORIZED
+
+        await eventually(known_to_the_edge, within_seconds=30)
     async with registered(copy.url) as someone:
         yield someone
 

@@ -170,7 +170,7 @@ from tests.service.task.conftest import OWNER, PHOTO, resize
 
 async def die(url):
     async with database.opened(url) as sql:
-        tasks = SqlTasks(sql, convert.message_of)
+        tasks = SqlTasks(sql, convert.message_of, convert.hook_body)
         tasks.after_commit(lambda _: os.kill(os.getpid(), signal.SIGKILL))
         operation, task_id = resize().operation.SerializeToString(), ids.new("tsk")
         print(task_id, flush=True)
