@@ -174,7 +174,7 @@ async def audit(shell: Shell, atelier: Atelier) -> None:
         f"{each.reservation_id}: is {_state(each.state)}, its task wants it {_state(each.wanted_state)}"
         for each in disputes
     ]
-    lines += [f"Drift {len(drifts)}; of {compared:,} reservations of tasks {len(disputes)} are not as their tasks are."]
+    lines += [f"Drift {len(drifts)}. {compared:,} reservations compared with their tasks, {len(disputes):,} differ."]
     if disputes and not drifts:
         lines += ["What has just ended may be on its way: run it again in a minute."]
     shell.answer(

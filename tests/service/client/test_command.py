@@ -430,13 +430,13 @@ async def test_quotas_are_audited(person: Person, installation: Installation) ->
     installation.full = True
     wrong, told, _ = await person.types("quota", "audit")
 
-    assert (well, said.decode()) == (0, "Drift 0; of 3 reservations of tasks 0 are not as their tasks are.\n")
+    assert (well, said.decode()) == (0, "Drift 0. 3 reservations compared with their tasks, 0 differ.\n")
     assert (wrong, told.decode().splitlines()) == (
         1,
         [
             "usr_ada, tasks 2026-11: counted 2 used + 1 reserved, ledger 1 used + 0 reserved, reservations 0 used + 0 reserved",  # noqa: E501
             "tsk_1/1: is BOUND, its task wants it SETTLED",
-            "Drift 1; of 51 reservations of tasks 1 are not as their tasks are.",
+            "Drift 1. 51 reservations compared with their tasks, 1 differ.",
         ],
     )
 
