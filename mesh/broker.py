@@ -63,7 +63,7 @@ class Delivery:
 
 
 Handler = Callable[[Delivery], Awaitable[None]]
-Handlers = Callable[[Sequence[Delivery]], Awaitable[None]]
+BatchHandler = Callable[[Sequence[Delivery]], Awaitable[None]]
 """Handles messages together: all or none."""
 
 
@@ -152,7 +152,7 @@ class Broker:
         await self._consume(queue, handle, prefetch, bindings, together=False)
 
     async def consume_together(
-        self, queue: str, handler: Handlers, *, at_most: int, bindings: Sequence[str] = ()
+        self, queue: str, handler: BatchHandler, *, at_most: int, bindings: Sequence[str] = ()
     ) -> None:
         """As `consume`, but for all messages that wait, up to `at_most`, in one call; one call at a time.
 
@@ -161,7 +161,7 @@ class Broker:
         await self._consume(queue, handler, at_most, bindings, together=True)
 
     async def _consume(
-        self, queue: str, handler: Handlers, prefetch: int, bindings: Sequence[str], *, together: bool
+        self, queue: str, handler: BatchHandler, prefetch: int, bindings: Sequence[str], *, together: bool
     ) -> None:
         while True:
             try:
@@ -263,7 +263,7 @@ class Broker:
             return self._broadcasts[name]
 
     async def _consume_until_lost(
-        self, name: str, handler: Handlers, prefetch: int, bindings: Sequence[str], *, together: bool
+        self, name: str, handler: BatchHandler, prefetch: int, bindings: Sequence[str], *, together: bool
     ) -> None:
         stopping, lost = asyncio.Event(), asyncio.Event()
         handling: set[asyncio.Task[None]] = set()
@@ -353,7 +353,7 @@ def _delivery(message: AbstractIncomingMessage) -> Delivery:
 
 
 async def _handle(
-    queue: str, messages: Sequence[AbstractIncomingMessage], handler: Handlers, stopping: asyncio.Event
+    queue: str, messages: Sequence[AbstractIncomingMessage], handler: BatchHandler, stopping: asyncio.Event
 ) -> None:
     deliveries = [_delivery(each) for each in messages]
     first = deliveries[0]

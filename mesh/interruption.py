@@ -53,7 +53,7 @@ def begin_immediate(connection: Connection, within_seconds: float) -> None:
 class _Interruptible(aiosqlite.Connection):
     async def _execute(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
-            return await super()._execute(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+            return await super()._execute(fn, *args, **kwargs)  # type: ignore[no-untyped-call]  # the driver's own
         except asyncio.CancelledError:
             await self._idle(interrupting=getattr(fn, "__name__", "") not in _TO_THE_END)
             raise

@@ -21,8 +21,8 @@ from mesh.errors import (
 
 GIB = 1024**3
 
-HOLD_BEFORE_ASKING = timedelta(minutes=2)
 FORGET = "forget"  # the work that one replica does for all: the name of its lock and of its fence
+HOLD_BEFORE_ASKING = timedelta(minutes=2)
 """How long a held reservation is left alone. The task service commits no task more than a minute after its reserve."""
 
 

@@ -31,8 +31,8 @@ REPLICAS = 2  # of our services, and workers of uvicorn
 HOW = (
     f"`GET /api/v1/tasks/{{id}}` by wrk, {CONNECTIONS} connections, {SECONDS} s a round. Ours: Envoy (JWT, JSON, rate "
     f"limit) and {REPLICAS} replicas of the task service (token, policy, one SQL read). FastAPI: {REPLICAS} uvicorn "
-    "workers, PyJWT (ES256) and one SQL read of the same row by SQLAlchemy. SQLite both. All on the same cores, the "
-    "load generator too."
+    "workers on uvloop, PyJWT (ES256) and one SQL read of the same row by SQLAlchemy. SQLite both. All on the same "
+    "cores, the load generator too."
 )
 
 

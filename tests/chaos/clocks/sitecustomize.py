@@ -16,7 +16,7 @@ def set_wrong(seconds: float) -> None:
     from grpc.aio import _utils as deadlines  # noqa: PLC0415 - by those alone whose clock is wrong
 
     right, right_ns, Right = time.time, time.time_ns, dt.datetime  # noqa: N806 - a class
-    deadlines.time = SimpleNamespace(time=right)  # type: ignore[assignment]
+    deadlines.time = SimpleNamespace(time=right)  # type: ignore[assignment]  # all it uses of it
     time.time = lambda: right() + seconds
     time.time_ns = lambda: right_ns() + int(seconds * 1_000_000_000)
 
@@ -26,12 +26,12 @@ def set_wrong(seconds: float) -> None:
         def __instancecheck__(cls, instance: object) -> bool:
             return isinstance(instance, Right)
 
-    class Wrong(Right, metaclass=Datetimes):  # type: ignore[misc, valid-type]
+    class Wrong(Right, metaclass=Datetimes):  # type: ignore[misc, valid-type]  # known at run time only
         @classmethod
         def now(cls, tz: dt.tzinfo | None = None) -> dt.datetime:
             return Right.fromtimestamp(time.time(), tz)
 
-    dt.datetime = Wrong  # type: ignore[misc]
+    dt.datetime = Wrong  # type: ignore[misc]  # that is the purpose
 
 
 if os.environ.get("ATELIER_INSTANCE") in OFF_SECONDS:

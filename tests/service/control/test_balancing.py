@@ -13,11 +13,9 @@ import pytest
 
 from tests.eventually import eventually
 from tests.service.control.conftest import HOST, free_port
-from tests.service.control.test_membership import CONSUL, Mesh, edge_only, mesh, only
+from tests.service.control.test_membership import Mesh, edge_only, mesh, only
 
 __all__ = ["mesh"]  # the fixture
-
-pytestmark = pytest.mark.skipif(CONSUL is None, reason="no consul: scripts/up installs it")
 
 
 @pytest.fixture
