@@ -10,9 +10,10 @@ import asyncio
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import aio_pika
@@ -29,6 +30,7 @@ from opentelemetry import context as trace_context
 from opentelemetry import propagate
 from yarl import URL
 
+from mesh import events
 from mesh.errors import Aborted, DeadlineExceeded, ResourceExhausted, Unavailable
 from mesh.events import EXCHANGE as EVENTS
 from mesh.outbox import Message, MessageUnroutable
@@ -101,13 +103,16 @@ class Broker:
                 channel = await self._confirmed_channel()
                 await channel.declare_exchange(EVENTS, aio_pika.ExchangeType.TOPIC, durable=True)
 
-    async def publish(self, message: Message) -> None:
-        """Return once the broker has the message on disk. Satisfies `mesh.outbox.Publisher`.
+    async def publish(self, *messages: Message) -> None:
+        """Return once the broker has messages, events of one type if they are several, on disk.
+
+        Satisfies `mesh.outbox.Publisher`.
 
         Raises:
             MessageUnroutable: no queue takes it.
             Unavailable: the broker is away, or did not confirm in time; it may have the message nevertheless.
         """
+        message = messages[0] if len(messages) == 1 else events.batched(messages)
         try:
             with _unavailable():
                 async with asyncio.timeout(PUBLISH_SECONDS):
@@ -146,15 +151,15 @@ class Broker:
         """
 
         async def handle(deliveries: Sequence[Delivery]) -> None:
-            [delivery] = deliveries
-            await handler(delivery)
+            for delivery in deliveries:  # one, or those that came as one message
+                await handler(delivery)
 
         await self._consume(queue, handle, prefetch, bindings, together=False)
 
     async def consume_together(
         self, queue: str, handler: BatchHandler, *, at_most: int, bindings: Sequence[str] = ()
     ) -> None:
-        """As `consume`, but for all messages that wait, up to `at_most`, in one call; one call at a time.
+        """As `consume`, but for all that waits, in one call; one call at a time, with about `at_most` at most.
 
         When that fails for good each of them is tried by itself, so that one which cannot be handled stops no other.
         """
@@ -188,7 +193,7 @@ class Broker:
                     letter = await dead.get(fail=False)
             if letter is None:
                 return  # somebody else redrives, too
-            delivery = _delivery(letter)
+            delivery = _deliveries(letter)[0]
             own = {key: value for key, value in delivery.headers.items() if not key.startswith("x-")}  # the broker's
             await self.publish(Message("", queue, letter.body, delivery.message_id, own, letter.content_type or ""))
             with _unavailable():
@@ -267,18 +272,20 @@ class Broker:
     ) -> None:
         stopping, lost = asyncio.Event(), asyncio.Event()
         handling: set[asyncio.Task[None]] = set()
-        waiting: list[AbstractIncomingMessage] = []
+        waiting: deque[_Received] = deque()
 
         async def handle() -> None:
             try:
                 while waiting and not stopping.is_set():
-                    messages, waiting[:] = waiting[:], []
-                    await _handle(name, messages, handler, stopping)
+                    taken = [waiting.popleft()]
+                    while together and waiting and sum(len(each.deliveries) for each in taken) < prefetch:
+                        taken.append(waiting.popleft())
+                    await self._handle(name, taken, handler, stopping)
             finally:
                 handling.discard(cast("asyncio.Task[None]", asyncio.current_task()))
 
         async def received(message: AbstractIncomingMessage) -> None:
-            waiting.append(message)
+            waiting.append(_Received(message, _deliveries(message)))
             if not together or not handling:
                 handling.add(asyncio.create_task(handle()))
 
@@ -311,6 +318,62 @@ class Broker:
                 async with asyncio.timeout(CONNECT_SECONDS):
                     await channel.close()
 
+    async def _handle(
+        self, queue: str, received: Sequence[_Received], handler: BatchHandler, stopping: asyncio.Event
+    ) -> None:
+        deliveries = [delivery for each in received for delivery in each.deliveries]
+        first, last = deliveries[0], received[-1].message
+        alone = len(deliveries) == 1
+        # This task's own context: nothing to detach. What belongs to several traces is logged for none.
+        trace_context.attach(propagate.extract(first.headers if alone else {}, context=trace_context.Context()))
+        tries = 0
+        while True:
+            try:
+                await handler(deliveries)
+            except _TRANSIENT as failure:
+                tries += 1
+                log.warning("message waits", extra=_described(first) | {"failure": failure.message})
+                if await _set_within(stopping, _backoff_seconds(tries)):
+                    return  # unacknowledged: closing the channel gives it to another consumer
+            except Exception:
+                if len(received) > 1:
+                    for each in received:
+                        await self._handle(queue, [each], handler, stopping)
+                elif not alone and await self._taken_apart(queue, received[0]):
+                    pass  # each comes again by itself
+                else:
+                    count = _delivery_count(last)
+                    said = "message set aside" if count >= DELIVERY_LIMIT else "message not handled"
+                    log.exception(said, extra=_described(first) | {"queue": queue, "deliveries": count})
+                    await _set_within(stopping, _backoff_seconds(count))
+                    with suppress(*_AWAY):
+                        await last.nack(requeue=True)  # the broker sets it aside after DELIVERY_LIMIT
+                return
+            else:
+                with suppress(*_AWAY):  # lost meanwhile: it comes again, and the handler has seen it before
+                    # Those before the last one are with it, or were acknowledged earlier.
+                    await last.ack(multiple=len(received) > 1)
+                return
+
+    async def _taken_apart(self, queue: str, received: _Received) -> bool:
+        """Put the events of a batch back into the queue one by one, so that what is wrong with one stops no other."""
+        try:
+            for each in events.unbatched(received.message.body):
+                await self.publish(replace(each, exchange="", routing_key=queue))
+        except Unavailable:
+            return False
+        with suppress(*_AWAY):
+            await received.message.ack()
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Received:
+    """A message, and what it delivers."""
+
+    message: AbstractIncomingMessage
+    deliveries: Sequence[Delivery]
+
 
 class _Link:
     """One connection, opened when first needed and again after it was lost."""
@@ -342,50 +405,16 @@ class _Link:
                 await self._connection.close()
 
 
-def _delivery(message: AbstractIncomingMessage) -> Delivery:
+def _deliveries(message: AbstractIncomingMessage) -> list[Delivery]:
+    if message.content_type == events.BATCH:
+        with suppress(ValueError, KeyError):  # what is no batch its handler refuses
+            return [
+                Delivery(body=each.body, type=each.routing_key, message_id=each.message_id, headers=each.headers)
+                for each in events.unbatched(message.body)
+            ]
     headers = {key: value for key, value in message.headers.items() if isinstance(value, str)}
-    return Delivery(
-        body=message.body,
-        type=headers.get("cloudEvents:type", message.routing_key or ""),
-        message_id=message.message_id or "",
-        headers=headers,
-    )
-
-
-async def _handle(
-    queue: str, messages: Sequence[AbstractIncomingMessage], handler: BatchHandler, stopping: asyncio.Event
-) -> None:
-    deliveries = [_delivery(each) for each in messages]
-    first = deliveries[0]
-    alone = len(messages) == 1
-    # This task's own context: nothing to detach. What belongs to several traces is logged for none.
-    trace_context.attach(propagate.extract(first.headers if alone else {}, context=trace_context.Context()))
-    tries = 0
-    while True:
-        try:
-            await handler(deliveries)
-        except _TRANSIENT as failure:
-            tries += 1
-            log.warning("message waits", extra=_described(first) | {"failure": failure.message})
-            if await _set_within(stopping, _backoff_seconds(tries)):
-                return  # unacknowledged: closing the channel gives it to another consumer
-        except Exception:
-            if not alone:
-                for each in messages:
-                    await _handle(queue, [each], handler, stopping)
-                return
-            count = _delivery_count(messages[0])
-            said = "message set aside" if count >= DELIVERY_LIMIT else "message not handled"
-            log.exception(said, extra=_described(first) | {"queue": queue, "deliveries": count})
-            await _set_within(stopping, _backoff_seconds(count))
-            with suppress(*_AWAY):
-                await messages[0].nack(requeue=True)  # the broker sets it aside after DELIVERY_LIMIT
-            return
-        else:
-            with suppress(*_AWAY):  # lost meanwhile: it comes again, and the handler has seen it before
-                # Those before the last one are with it, or were acknowledged earlier.
-                await messages[-1].ack(multiple=not alone)
-            return
+    kind = headers.get("cloudEvents:type", message.routing_key or "")
+    return [Delivery(body=message.body, type=kind, message_id=message.message_id or "", headers=headers)]
 
 
 async def _declared_queue(channel: AbstractChannel, name: str, bindings: Sequence[str]) -> AbstractQueue:

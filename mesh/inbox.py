@@ -29,8 +29,8 @@ async def first_time(connection: AsyncConnection, table: Table, consumer: str, e
     time = await now(connection)
     # In one order, so that two who take the same ones wait for each other and do not meet crosswise.
     rows = [{"consumer": consumer, "event_id": each, "receive_time": time} for each in sorted(set(event_ids))]
-    noted = insert(connection, table).values(rows).on_conflict_do_nothing().returning(table.c.event_id)
-    return set((await connection.execute(noted)).scalars())
+    noted = insert(connection, table).on_conflict_do_nothing().returning(table.c.event_id)
+    return set((await connection.execute(noted, rows)).scalars())
 
 
 async def forget(connection: AsyncConnection, table: Table, older_than: timedelta) -> bool:

@@ -12,8 +12,8 @@ import asyncio
 import json
 import logging
 import random
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -43,7 +43,8 @@ from mesh.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
-BATCH = 100
+BATCH = 500
+TOGETHER = 100  # messages that leave as one
 LEASE = timedelta(seconds=10)  # how long the messages of a killed replica wait for another; many times a batch's time
 POLL_SECONDS = 1.0  # finds what a killed replica left behind; `wake` makes everything else leave at once
 MAX_BACKOFF_SECONDS = 5.0
@@ -112,8 +113,8 @@ async def add(connection: AsyncConnection, table: Table, *messages: Message) -> 
 class Publisher(Protocol):
     """Where messages go."""
 
-    async def publish(self, message: Message) -> None:
-        """Return once the broker has the message safely.
+    async def publish(self, *messages: Message) -> None:
+        """Return once the broker has messages that go the same way safely.
 
         Raises:
             MessageUnroutable: no queue takes it.
@@ -162,36 +163,40 @@ class Relay:
             return False
         crash.point("publish: messages taken")
 
-        lanes: defaultdict[str, list[int]] = defaultdict(list)
-        for position, message in claimed.items():
-            lanes[message.subject or f"#{position}"].append(position)
         confirmed: set[int] = set()
         unroutable: set[int] = set()
 
-        async def publish_in_order(lane: Sequence[int]) -> None:
-            for done, position in enumerate(lane):
-                try:
-                    await self._publisher.publish(claimed[position])
-                except MessageUnroutable as failure:
-                    log.warning("message has no taker yet", extra={"failure": failure.message})
-                    unroutable.update(lane[done:])
-                    return
-                crash.point("publish: confirmed")
-                confirmed.add(position)
+        async def publish(group: Sequence[int]) -> None:
+            try:
+                await self._publisher.publish(*(claimed[position] for position in group))
+            except MessageUnroutable as failure:
+                log.warning("message has no taker yet", extra={"failure": failure.message})
+                unroutable.update(group)
+                return
+            crash.point("publish: confirmed")
+            confirmed.update(group)
+
+        async def publish_all() -> None:
+            for wave in _waves(claimed):
+                stopped = {claimed[each].subject for each in unroutable} - {""}
+                late = {each for each in wave if claimed[each].subject in stopped}
+                unroutable.update(late)
+                groups = _groups({each: claimed[each] for each in wave if each not in late})
+                outcomes = await asyncio.gather(*map(publish, groups), return_exceptions=True)
+                for outcome in outcomes:
+                    if outcome is not None:
+                        raise outcome
 
         try:
             async with asyncio.timeout(
                 self._lease.total_seconds() * 0.8
             ):  # none goes out after another may have claimed it
-                outcomes = await asyncio.gather(*map(publish_in_order, lanes.values()), return_exceptions=True)
+                await publish_all()
         except TimeoutError:
             raise Unavailable("The broker confirms too slowly.") from None
         finally:  # also when stopped: what went out is not sent again, the rest need not wait for its lease
             # The unroutable stay claimed: they are tried again when the lease lapses and hold nobody up meanwhile.
             await self._settle(confirmed, claimed.keys() - confirmed - unroutable, lease_end)
-        for outcome in outcomes:
-            if outcome is not None:
-                raise outcome
         return True
 
     async def _claim(self) -> tuple[Mapping[int, Message], datetime]:
@@ -239,3 +244,26 @@ class Relay:
                 mine = rows.c.position.in_(unsent) & (rows.c.claimed_until == lease_end)
                 await connection.execute(update(rows).where(mine).values(claimed_until=None))
         crash.point("publish: done")
+
+
+def _waves(messages: Mapping[int, Message]) -> list[list[int]]:
+    """Return positions in waves, none with two messages of one subject: each wave follows the one before it."""
+    earlier: Counter[str] = Counter()
+    waves: list[list[int]] = []
+    for position, message in messages.items():
+        wave = earlier[message.subject] if message.subject else 0
+        earlier[message.subject] += 1
+        if wave == len(waves):
+            waves.append([])
+        waves[wave].append(position)
+    return waves
+
+
+def _groups(messages: Mapping[int, Message]) -> Iterator[list[int]]:
+    """Yield positions that leave as one: events of one type. What goes to a queue itself leaves by itself."""
+    routes: defaultdict[tuple[str, str, int], list[int]] = defaultdict(list)
+    for position, message in messages.items():
+        routes[message.exchange, message.routing_key, 0 if message.exchange else position].append(position)
+    for route in routes.values():
+        for start in range(0, len(route), TOGETHER):
+            yield route[start : start + TOGETHER]

@@ -13,16 +13,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATED = ROOT / "generated"
-GOOGLE_API = ("annotations.proto", "http.proto", "httpbody.proto")  # what our contracts import
+GOOGLE = {"api": ("annotations.proto", "http.proto", "httpbody.proto"), "rpc": ("status.proto",)}  # what ours import
 BIN = Path(sys.executable).parent
 
 
-def place_google_api() -> None:
-    """Copy google/api from googleapis-common-protos to where buf.yaml expects it."""
-    target = ROOT / "var" / "protos" / "google" / "api"
-    target.mkdir(parents=True, exist_ok=True)
-    for name in GOOGLE_API:
-        shutil.copyfile(str(files("google.api") / name), target / name)
+def place_google() -> None:
+    """Copy Google's contracts from googleapis-common-protos to where buf.yaml expects them."""
+    for package, names in GOOGLE.items():
+        target = ROOT / "var" / "protos" / "google" / package
+        target.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            shutil.copyfile(str(files(f"google.{package}") / name), target / name)
 
 
 def generate(out: Path) -> None:
@@ -75,7 +76,7 @@ def main(arguments: list[str]) -> int:
     if arguments not in ([], ["--check"]):
         print("usage: scripts/protos [--check]", file=sys.stderr)
         return 2
-    place_google_api()
+    place_google()
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)
         generate(fresh)

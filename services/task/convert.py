@@ -15,8 +15,9 @@ from atelier.task.v1 import events_pb2, webhook_pb2
 from atelier.task.v1 import task_pb2 as pb
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message as Proto
+from google.rpc import status_pb2
 
-from mesh import events, paging
+from mesh import events, paging, status
 from mesh.errors import InvalidArgument, MeshError
 from mesh.outbox import Message
 from mesh.wire import timestamp
@@ -289,6 +290,15 @@ def cursor_from(text: str) -> int | None:
 
 def cursor(task: Task) -> str:
     return str(task.sequence)
+
+
+def outcome_to_proto(outcome: object) -> status_pb2.Status:
+    """Return how one of several calls ended: what it raised, else OK."""
+    if isinstance(outcome, MeshError):
+        return status.to_status(outcome)
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return status_pb2.Status()
 
 
 def fingerprint(request: pb.CreateTaskRequest | pb.CreateTaskBatchRequest) -> bytes:

@@ -28,6 +28,7 @@ SUPPORTED_INPUTS = (
     "image/webp",
 )
 FORGET = "forget"  # the work that one replica does for all: the name of its lock and of its fence
+PERMITS = 32  # of a batch, or for those that wait: so many workers are woken at a time
 POOL = "cpu"  # every operation of today runs there
 RESERVATION_AGE = timedelta(seconds=60)  # the user service gives back what is older than two minutes and has no task
 # A turn of weight 1 is as long as the largest weight, so that everybody's is a whole number; decision 0019.
@@ -236,7 +237,7 @@ class TaskCancelled:
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """Lets one worker claim one task of a pool, not necessarily this one."""
+    """Has a worker that rests claim from a pool, not necessarily this task, until the pool has no more for it."""
 
     task: Task
 
@@ -515,8 +516,9 @@ def created(
     request_id: str = "",
     trace_id: str = "",
     webhook_url: str | None = None,
+    permitted: bool = True,
 ) -> Change:
-    """Make a task. It reads `file_ids`, the input among them. Its turn is given where it is stored."""
+    """Make a task, with a permit or without. It reads `file_ids`, the input among them; its turn is given later."""
     task = Task(
         task_id=task_id,
         user_id=user_id,
@@ -548,7 +550,7 @@ def created(
         dead_time=None,
         webhook_url=webhook_url,
     )
-    return Change(task, notices=(TaskCreated(task), Permit(task)))
+    return Change(task, notices=(TaskCreated(task), Permit(task)) if permitted else (TaskCreated(task),))
 
 
 def claimed(task: Task, now: datetime, *, terms: Terms) -> Change:

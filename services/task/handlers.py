@@ -143,8 +143,9 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
                 request_id=context.request_id(),
                 trace_id=telemetry.trace_id(),
                 webhook_url=webhook_url,
+                permitted=number < domain.PERMITS,
             )
-            for task_id, item, file_ids in zip(task_ids, request.items, files, strict=True)
+            for number, (task_id, item, file_ids) in enumerate(zip(task_ids, request.items, files, strict=True))
         ]
         reserved_time = await self._reserve(user.user_id, task_ids, round_=1)
 
@@ -257,6 +258,10 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             request.task_id, partial(domain.completed, attempt=request.attempt, output_file_ids=outputs)
         )
         return pb.CompleteTaskResponse()
+
+    async def CompleteTasks(self, request: pb.CompleteTasksRequest, _: object) -> pb.CompleteTasksResponse:
+        outcomes = await asyncio.gather(*(self.CompleteTask(each, _) for each in request.tasks), return_exceptions=True)
+        return pb.CompleteTasksResponse(outcomes=map(convert.outcome_to_proto, outcomes))
 
     async def FailTask(self, request: pb.FailTaskRequest, _: object) -> pb.FailTaskResponse:
         task = await self._tasks.change(request.task_id, self._ending(request))

@@ -22,7 +22,7 @@ from mesh.service import Background, every
 from services.task import convert, domain
 from services.task.domain import Tasks, Terms
 
-AT_ONCE = 100  # lapsed leases, late tasks or permits in one round, so that a round stays short
+AT_ONCE = 100  # lapsed leases or late tasks in one round, so that a round stays short
 REAP_SECONDS = 1.0
 REPLENISH_SECONDS = 2.0
 LOOK_SECONDS = 5.0
@@ -137,17 +137,18 @@ class Upkeep:
             pass  # each step lets those who wait write before the next
 
     async def replenish(self) -> None:
-        """Publish a permit for every due task that has waited and for which the broker holds none.
+        """Publish permits while tasks that are due have waited, up to as many as a batch has.
 
-        That is so after the broker lost its queue, and whenever a task's rest between two attempts is over. Too many
-        do no harm: a permit that finds nothing is acknowledged. With the broker away there is nothing to compare.
+        That is so after the broker lost its queue, whenever a task's rest between two attempts is over, and when
+        workers have come that no permit woke. Too many do no harm: a permit that finds nothing is acknowledged. With
+        the broker away there is nothing to compare.
         """
         overdue = await self._tasks.overdue(domain.POOL, self._permit_grace)
         if not overdue:
             return
         try:
-            missing = overdue - await self._permits.depth(convert.queue(domain.POOL))
-            for _ in range(min(missing, AT_ONCE)):
+            wanted = min(overdue, domain.PERMITS)
+            for _ in range(wanted - await self._permits.depth(convert.queue(domain.POOL))):
                 await self._permits.publish(convert.permit(domain.POOL, ids.new("prm")))
         except Unavailable as failure:  # also when no worker has ever made the queue
             log.debug("permits wait", extra={"failure": failure.message})

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import google.api
 import pytest
+
+from scripts.generate import place_google
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -141,7 +142,8 @@ def contracts(folder: Path) -> Path:
     """Lay out a copy of the contracts with what they import, as scripts/protos does."""
     shutil.copytree(ROOT / "protos", folder / "protos")
     shutil.copy(ROOT / "buf.yaml", folder)
-    shutil.copytree(Path(next(iter(google.api.__path__))), folder / "var" / "protos" / "google" / "api")
+    place_google()
+    shutil.copytree(ROOT / "var" / "protos", folder / "var" / "protos")
     return folder
 
 

@@ -8,14 +8,16 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from atelier.storage.v1 import storage_pb2, storage_pb2_grpc
 from atelier.task.v1 import task_pb2, task_pb2_grpc
 
-from mesh import bounds, crash
+from mesh import bounds, crash, status
 from mesh.broker import Broker, Delivery
 from mesh.errors import DeadlineExceeded, Internal, MeshError, Unavailable
+from mesh.together import Together
 from services.media.convert import operation_from
 from services.media.domain import result_name
 from services.media.worker.processes import Slot
@@ -27,6 +29,7 @@ LEASE_SHARE = 0.8  # of the lease; what is left is for clocks that run apart and
 RENEW_SECONDS = 1.0  # also how soon a cancelled task is noticed
 RENEW_AT_MOST_EVERY_SECONDS = 0.5
 RETRY_SECONDS = 0.3
+COMPLETED_TOGETHER = 100
 # Shares of the bar: most of a task's time is the operation itself.
 DOWNLOADED, PROCESSED = 0.1, 0.9
 
@@ -88,6 +91,8 @@ class Worker:
         self._drain_seconds = drain_seconds
         self._draining = False
         self._working: set[asyncio.Task[None]] = set()
+        self._permits = 0  # in hand, waiting for a slot
+        self._completed = Together(partial(completed, tasks), at_most=COMPLETED_TOGETHER)
         self._free: asyncio.Queue[Slot | None] = asyncio.Queue()  # None wakes who waits for a slot when draining
         for slot in slots:
             self._free.put_nowait(slot)
@@ -114,28 +119,48 @@ class Worker:
         Raises:
             Unavailable: not now: the permit is kept, and nothing else is taken until it could be used.
         """
-        if not self._storage.present():
-            # Claimed now, every waiting task would use up its attempts on an outage that says nothing about it.
-            raise Unavailable("Storage is away.")
-        slot = await self._free.get()
+        self._permits += 1
+        try:
+            slot = await self._free.get()
+        finally:
+            self._permits -= 1
         if slot is None or self._draining:
             raise Draining("This worker is stopping.")
-        sent_at = time.monotonic()
+        await self._fill(slot)
+
+    async def _fill(self, slot: Slot) -> None:
+        """Begin the next task in a free slot, if there is one.
+
+        Raises:
+            Unavailable: not now.
+        """
+        begun = False
         try:
+            if not self._storage.present():
+                # Claimed now, every waiting task would use up its attempts on an outage that says nothing about it.
+                raise Unavailable("Storage is away.")
+            sent_at = time.monotonic()
             claim = await self._tasks.ClaimTask(task_pb2.ClaimTaskRequest(pool=POOL, worker_id=self._worker_id))
+            if not claim.HasField("assignment"):
+                return
+            crash.point("worker: claimed")
+            working = asyncio.create_task(self._carry_out(claim.assignment, Lease(claim.assignment, sent_at), slot))
+            begun = True
+            self._working.add(working)
+            working.add_done_callback(self._working.discard)
         except MeshError as failure:
-            self._free.put_nowait(slot)
             raise Unavailable(f"No task could be claimed: {failure.message}") from failure
-        except BaseException:
-            self._free.put_nowait(slot)
-            raise
-        if not claim.HasField("assignment"):
+        finally:
+            if not begun:
+                self._free.put_nowait(slot)
+
+    async def _free_again(self, slot: Slot) -> None:
+        """Give a slot to whoever has a permit in hand; else claim without: a batch has fewer permits than tasks."""
+        if self._permits or self._draining:
             self._free.put_nowait(slot)
             return
-        crash.point("worker: claimed")
-        working = asyncio.create_task(self._carry_out(claim.assignment, Lease(claim.assignment, sent_at), slot))
-        self._working.add(working)
-        working.add_done_callback(self._working.discard)
+        with contextlib.suppress(Unavailable):  # the next permit tries again
+            await self._fill(slot)
 
     async def _drain(self) -> None:
         if self._working:
@@ -174,7 +199,6 @@ class Worker:
         finally:
             keeping.cancel()
             await slot.clear()
-            self._free.put_nowait(slot)
         log.info(
             "task %s",
             outcome,
@@ -185,6 +209,7 @@ class Worker:
                 "seconds": round(time.monotonic() - began, 3),
             },
         )
+        await self._free_again(slot)
 
     async def _result(self, assignment: task_pb2.ClaimTaskResponse.Assignment, slot: Slot, progress: Progress) -> str:
         """Do the work and return the id of what it made."""
@@ -236,7 +261,7 @@ class Worker:
 
     async def _complete(self, lease: Lease, file_id: str) -> str:
         request = task_pb2.CompleteTaskRequest(task_id=lease.task_id, attempt=lease.attempt, output_file_ids=[file_id])
-        reason = await self._told(lease, self._tasks.CompleteTask, request)
+        reason = await self._told(lease, self._completed, request)
         if reason == "LEASE_LOST":
             await self._discard(lease)
         return reason or "succeeded"
@@ -267,3 +292,11 @@ class Worker:
         """Delete what the attempt may have stored; storage's own reconciler does it where this fails."""
         with contextlib.suppress(MeshError):
             await self._results.DiscardResult(storage_pb2.DiscardResultRequest(capability=lease.capability))
+
+
+async def completed(
+    tasks: task_pb2_grpc.TaskServiceAsyncStub, requests: Sequence[task_pb2.CompleteTaskRequest]
+) -> list[Exception | None]:
+    """Tell the task service of tasks that ended well at the same time; return what it refuses."""
+    answer = await tasks.CompleteTasks(task_pb2.CompleteTasksRequest(tasks=requests))
+    return [status.from_status(each) if each.code else None for each in answer.outcomes]

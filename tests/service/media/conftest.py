@@ -18,9 +18,11 @@ import pytest
 from atelier.media.v1 import media_pb2
 from atelier.storage.v1 import storage_pb2, storage_pb2_grpc
 from atelier.task.v1 import task_pb2, task_pb2_grpc
+from google.rpc import status_pb2
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from mesh import status
 from mesh.broker import Delivery
 from mesh.errors import Aborted, MeshError, NotFound, Unavailable
 from services.media.config import WorkerConfig
@@ -85,10 +87,18 @@ class Tasks(task_pb2_grpc.TaskServiceServicer):
         response.lease_duration.FromMilliseconds(int(LEASE_SECONDS * 1000))
         return response
 
-    async def CompleteTask(self, request, _):
-        self._require_lease(request.task_id)
+    async def CompleteTasks(self, request, _):
+        if self.failure:
+            raise self.failure
+        return task_pb2.CompleteTasksResponse(outcomes=map(self._complete, request.tasks))
+
+    def _complete(self, request: task_pb2.CompleteTaskRequest) -> status_pb2.Status:
+        try:
+            self._require_lease(request.task_id)
+        except LeaseLost as refusal:
+            return status.to_status(refusal)
         self.completed[request.task_id] = request.output_file_ids[0]
-        return task_pb2.CompleteTaskResponse()
+        return status_pb2.Status()
 
     async def FailTask(self, request, _):
         self._require_lease(request.task_id)

@@ -33,6 +33,30 @@ async def test_a_task_becomes_a_result_with_a_telling_name(start: Start):
     await eventually(lambda: not world.left_behind())
 
 
+async def test_tasks_beyond_the_permits_are_done_as_slots_become_free(start: Start):
+    world = await start(slots=2)
+    without_permit = [world.tasks.queue() for _ in range(5)]
+
+    world.permits.waiting.put_nowait(1)
+
+    await eventually(lambda: set(world.tasks.completed) == set(without_permit), within_seconds=30)
+    await eventually(lambda: world.tasks.claims == 6)  # the last one finds nothing
+    await eventually(lambda: not world.left_behind())
+
+
+async def test_a_slot_that_becomes_free_uses_the_permit_in_hand(start: Start):
+    world = await start(slots=1)
+    world.storage.delay_seconds = 0.5
+    tasks = [world.tasks.queue() for _ in range(3)]
+
+    for _ in tasks:
+        world.permits.waiting.put_nowait(1)
+
+    await eventually(lambda: set(world.tasks.completed) == set(tasks), within_seconds=30)
+    await eventually(world.permits.waiting.empty)
+    assert world.tasks.claims in (3, 4)  # one for each permit; the last task's slot has none and looks once more
+
+
 async def test_a_name_in_any_script_is_kept(start: Start):
     world = await start()
     world.storage.inputs["fil_x"] = ("富士山 für alle.jpg", world.storage.inputs["fil_rocket"][1])

@@ -12,7 +12,7 @@ import pytest
 from atelier.task.v1 import events_pb2
 from sqlalchemy import MetaData, func, select
 
-from mesh import broker, database, ids, outbox, redrive
+from mesh import broker, database, events, ids, outbox, redrive
 from mesh.broker import Broker, Delivery
 from mesh.errors import Unavailable
 from mesh.events import event
@@ -214,6 +214,71 @@ async def test_of_messages_handled_together_one_that_cannot_be_stops_no_other(op
         await eventually(set_aside, within_seconds=60)
 
     assert sorted(recorder.bodies) == [b"1", b"2", b"3"]
+
+
+def created(number: int, body: bytes = b"") -> Message:
+    task_id = f"tsk_{number}"
+    payload = events_pb2.TaskCreated(task_id=task_id)
+    told = event(payload, source="task", subject=task_id, event_id=f"{task_id}/1", occur_time=datetime.now(UTC))
+    return replace(told, body=body or told.body, headers={**told.headers, "traceparent": TRACEPARENT})
+
+
+async def test_events_that_were_published_together_arrive_as_what_they_are(opened: Broker, queue: str) -> None:
+    recorder = Recorder()
+    sent = [created(number) for number in range(3)]
+    await declare(opened, queue)
+    async with background(opened.consume(queue, recorder, bindings=["atelier.task.v1.TaskCreated"])):
+
+        async def arrived() -> bool:
+            await opened.publish(*sent)  # there are other queues for them before there is this one
+            return len(recorder.deliveries) >= 3
+
+        await eventually(arrived, within_seconds=10)
+
+    assert recorder.deliveries[:3] == [
+        Delivery(each.body, "atelier.task.v1.TaskCreated", each.message_id, each.headers) for each in sent
+    ]
+    assert await opened.depth(queue) == 0
+
+
+async def test_of_events_published_together_one_that_cannot_be_handled_is_set_aside_alone(
+    opened: Broker, queue: str
+) -> None:
+    recorder = Recorder()
+
+    async def handle(deliveries: Sequence[Delivery]) -> None:
+        if b"poison" in [each.body for each in deliveries]:
+            raise ValueError("cannot be read")
+        for each in deliveries:
+            await recorder(each)
+
+    await declare(opened, queue)
+    batch = events.batched([created(1), created(2, b"poison"), created(3)])
+    await opened.publish(replace(batch, exchange="", routing_key=queue))
+    async with background(opened.consume_together(queue, handle, at_most=10)):
+
+        async def set_aside() -> bool:
+            return (await opened.depth(f"{queue}.dead"), await opened.depth(queue)) == (1, 0)
+
+        await eventually(set_aside, within_seconds=60)
+
+    assert sorted(each.message_id for each in recorder.deliveries) == ["tsk_1/1", "tsk_3/1"]
+    [letter] = [each async for each in opened.redrive(queue)]
+    assert (letter.message_id, letter.body, letter.headers["traceparent"]) == ("tsk_2/1", b"poison", TRACEPARENT)
+
+
+async def test_a_batch_that_is_none_is_set_aside(opened: Broker, queue: str) -> None:
+    async def handle(deliveries: Sequence[Delivery]) -> None:
+        raise ValueError(deliveries[0].body)
+
+    await declare(opened, queue)
+    await opened.publish(replace(permit(queue, b"[{"), content_type=events.BATCH))
+    async with background(opened.consume_together(queue, handle, at_most=10)):
+
+        async def set_aside() -> bool:
+            return (await opened.depth(f"{queue}.dead"), await opened.depth(queue)) == (1, 0)
+
+        await eventually(set_aside, within_seconds=60)
 
 
 async def test_messages_handled_together_wait_together_and_come_again_when_they_were_not_acknowledged(

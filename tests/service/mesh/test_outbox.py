@@ -4,6 +4,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -27,10 +28,11 @@ from mesh.outbox import Relay
 from tests.service.mesh.test_outbox import table
 
 class Broker:
-    async def publish(self, message):
-        print(message.message_id, flush=True)
-        if message.message_id == "2":
-            os.kill(os.getpid(), 9)
+    async def publish(self, *messages):
+        for message in messages:
+            print(message.message_id, flush=True)
+            if message.message_id == "2":
+                os.kill(os.getpid(), 9)
 
 async def main():
     async with database.opened(sys.argv[1]) as opened:
@@ -45,16 +47,18 @@ class Broker:
 
     def __init__(self) -> None:
         self.published: list[str] = []
+        self.together: list[int] = []  # how many came in each call
         self.failure: Exception | None = None
         self.unwanted: set[str] = set()
 
-    async def publish(self, message: Message) -> None:
+    async def publish(self, *messages: Message) -> None:
         await asyncio.sleep(0.001)
         if self.failure:
             raise self.failure
-        if message.routing_key in self.unwanted:
+        if self.unwanted & {message.routing_key for message in messages}:
             raise MessageUnroutable("nobody")
-        self.published.append(message.message_id)
+        self.published += [message.message_id for message in messages]
+        self.together.append(len(messages))
 
 
 def message(message_id: str, *, subject: str = "", routing_key: str = "key") -> Message:
@@ -97,8 +101,8 @@ async def test_a_message_arrives_as_it_was_added_and_its_row_goes(opened: Databa
     seen: list[Message] = []
 
     class Recorder:
-        async def publish(self, message: Message) -> None:
-            seen.append(message)
+        async def publish(self, *messages: Message) -> None:
+            seen.extend(messages)
 
     await add(opened, message("1", subject="tsk_1"))
     async with background(Relay(opened, table, Recorder()).run):
@@ -154,6 +158,19 @@ async def test_two_replicas_send_each_message_once_and_keep_the_order_of_a_subje
         ]
 
 
+async def test_messages_that_go_the_same_way_leave_as_one_and_a_subjects_one_after_the_other(opened: Database) -> None:
+    broker = Broker()
+    permits = [replace(message(f"permit/{number}"), exchange="", routing_key="queue") for number in range(3)]
+    created = [message(f"{number}/1", subject=f"tsk_{number}") for number in range(150)]
+    await add(opened, *created, message("0/2", subject="tsk_0"), message("0/3", subject="tsk_0"), *permits)
+    async with background(Relay(opened, table, broker).run):
+        await eventually(lambda: is_empty(opened))
+
+    assert sorted(broker.together) == [1, 1, 1, 1, 1, 50, outbox.TOGETHER]
+    assert len(set(broker.published)) == len(broker.published) == 155
+    assert [each for each in broker.published if each.startswith("0/")] == ["0/1", "0/2", "0/3"]
+
+
 async def test_nothing_is_lost_while_the_broker_is_away(opened: Database) -> None:
     broker = Broker()
     broker.failure = Unavailable("away")
@@ -187,7 +204,7 @@ async def test_a_stopped_relay_leaves_no_message_claimed(opened: Database) -> No
     stuck = asyncio.Event()
 
     class Hanging:
-        async def publish(self, message: Message) -> None:
+        async def publish(self, *_messages: Message) -> None:
             stuck.set()
             await asyncio.Event().wait()
 

@@ -111,8 +111,8 @@ class Bus:
             raise Unavailable("away")
         return self.workers
 
-    async def publish(self, message: Message) -> None:
-        self.waiting.append(message)
+    async def publish(self, *messages: Message) -> None:
+        self.waiting += messages
 
 
 class Interrupted(SqlTasks):

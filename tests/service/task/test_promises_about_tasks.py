@@ -126,8 +126,8 @@ class Thrice:
     def __init__(self, bus: Broker) -> None:
         self._bus = bus
 
-    async def publish(self, message: Message) -> None:
-        await asyncio.gather(*(self._bus.publish(message) for _ in range(3)))
+    async def publish(self, *messages: Message) -> None:
+        await asyncio.gather(*(self._bus.publish(*messages) for _ in range(3)))
 
 
 async def test_messages_that_are_each_delivered_three_times_have_the_effect_of_one(

@@ -8,12 +8,12 @@ import pytest
 from atelier.task.v1 import events_pb2
 from atelier.task.v1 import task_pb2 as pb
 
-from mesh import capability
+from mesh import capability, status
 from services.task import domain
 from services.task.domain import Terms
 from services.task.upkeep import Upkeep
 from tests.eventually import eventually
-from tests.service.task.conftest import BRISK, KEY, OWNER, PHOTO, Bus, Replica, Start, refused
+from tests.service.task.conftest import BRISK, KEY, OWNER, PHOTO, Bus, Replica, Start, refused, resize
 
 
 async def state(replica: Replica, task: pb.Task) -> str:
@@ -245,6 +245,42 @@ async def test_a_returned_task_goes_out_at_once_with_a_permit_of_its_own(replica
 
     permits = [message for message in await replica.sent() if message.routing_key == "media.cpu"]
     assert len({message.message_id for message in permits}) == 6
+
+
+async def test_tasks_that_end_in_one_call_each_end_by_themselves(replica: Replica):
+    tasks = [await replica.create() for _ in range(3)]
+    done = [await replica.claimed() for _ in tasks]
+    done[1].attempt += 1
+
+    request = pb.CompleteTasksRequest(
+        tasks=[
+            pb.CompleteTaskRequest(task_id=task.task_id, attempt=task.attempt, output_file_ids=[f"fil_{task.task_id}"])
+            for task in done
+        ]
+    )
+    answer = await replica.worker.CompleteTasks(request)
+
+    assert [status.from_status(each).reason if each.code else "" for each in answer.outcomes] == ["", "LEASE_LOST", ""]
+    found = [await replica.user().GetTask(pb.GetTaskRequest(task_id=task.task_id)) for task in done]
+    succeeded, running = pb.Task.STATE_SUCCEEDED, pb.Task.STATE_RUNNING
+    assert [task.state for task in found] == [succeeded, running, succeeded]
+    assert found[2].output_file_ids == [f"fil_{found[2].task_id}"]
+
+
+async def test_a_batch_wakes_some_workers_and_upkeep_wakes_more_while_its_tasks_wait(
+    replica: Replica,
+):
+    item = pb.CreateTaskBatchRequest.Item(input_file_id=PHOTO, operation=resize().operation)
+    items = [item] * (domain.PERMITS + 5)
+    await replica.user().CreateTaskBatch(pb.CreateTaskBatchRequest(items=items))
+
+    permits = [message for message in await replica.sent() if message.routing_key == "media.cpu"]
+    assert len(permits) == domain.PERMITS
+
+    bus = Bus()
+    bus.waiting = permits[:3]  # workers have taken the others
+    await Upkeep(replica.tasks, bus, lambda: BRISK, permit_grace=timedelta(0)).replenish()
+    assert len(bus.waiting) == domain.PERMITS
 
 
 async def test_reporting_a_failure_twice_counts_once(replica: Replica):

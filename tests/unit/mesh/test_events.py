@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import contextvars
+import json
+from base64 import b64encode
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -10,7 +13,7 @@ from sqlalchemy.dialects import sqlite
 from mesh import context, database
 from mesh.context import Request
 from mesh.database import DatabaseNotSupported, Timestamp
-from mesh.events import event
+from mesh.events import batched, event, unbatched
 from mesh.outbox import Message
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -31,6 +34,31 @@ def test_an_event_is_a_cloud_event_in_binary_mode() -> None:
     assert (message.exchange, message.routing_key) == ("atelier.events", "atelier.task.v1.TaskSucceeded")
     assert (message.content_type, message.message_id, message.subject) == ("application/protobuf", "evt_1", "tsk_1")
     assert events_pb2.TaskSucceeded.FromString(message.body) == SUCCEEDED
+
+
+def test_several_events_are_a_cloud_events_batch_and_come_out_as_they_went_in() -> None:
+    messages = [
+        event(SUCCEEDED, source="task", subject=subject, event_id=f"{subject}/1", occur_time=NOW)
+        for subject in ("tsk_1", "tsk_2")
+    ]
+    messages[1] = replace(messages[1], headers={**messages[1].headers, "traceparent": "00-1-2-01"})
+
+    batch = batched(messages)
+
+    assert (batch.exchange, batch.routing_key) == (messages[0].exchange, messages[0].routing_key)
+    assert batch.content_type == "application/cloudevents-batch+json"
+    assert json.loads(batch.body)[1] == {
+        "specversion": "1.0",
+        "id": "tsk_2/1",
+        "source": "task",
+        "type": "atelier.task.v1.TaskSucceeded",
+        "subject": "tsk_2",
+        "time": "2026-01-02T00:00:00+00:00",
+        "traceparent": "00-1-2-01",
+        "datacontenttype": "application/protobuf",
+        "data_base64": b64encode(messages[1].body).decode(),
+    }
+    assert list(unbatched(batch.body)) == messages
 
 
 def test_an_event_names_the_request_that_caused_it() -> None:

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from scripts.generate import place_google_api
+from scripts.generate import place_google
 from scripts.local.layout import BIN, ROOT
 from scripts.local.test import breaking
 
@@ -16,7 +16,7 @@ from scripts.local.test import breaking
 def checkout(tmp_path, monkeypatch):
     """Make a repository of our contracts, committed once."""
     monkeypatch.setenv("PATH", str(BIN), prepend=":")
-    place_google_api()
+    place_google()
     for name in ("protos", "var/protos"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "buf.yaml", tmp_path)

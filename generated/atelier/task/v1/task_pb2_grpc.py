@@ -121,6 +121,11 @@ class TaskServiceStub:
                 request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.CompleteTaskRequest.SerializeToString,
                 response_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.CompleteTaskResponse.FromString,
                 _registered_method=True)
+        self.CompleteTasks = channel.unary_unary(
+                '/atelier.task.v1.TaskService/CompleteTasks',
+                request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.CompleteTasksRequest.SerializeToString,
+                response_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.CompleteTasksResponse.FromString,
+                _registered_method=True)
         self.FailTask = channel.unary_unary(
                 '/atelier.task.v1.TaskService/FailTask',
                 request_serializer=atelier_dot_task_dot_v1_dot_task__pb2.FailTaskRequest.SerializeToString,
@@ -248,7 +253,8 @@ class TaskServiceServicer:
 
     def ClaimTask(self, request, context):
         """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
-        when there is none.
+        when there is none. A worker that got as many as it asked for asks again when it has room: a permit wakes those
+        that rest, and there is not one for each task of a batch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -263,6 +269,13 @@ class TaskServiceServicer:
 
     def CompleteTask(self, request, context):
         """Ends a task well. Repeating it with the same file succeeds. Fails with LEASE_LOST: the result must be discarded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompleteTasks(self, request, context):
+        """Ends several tasks well, each by itself, whatever becomes of the others: for workers that do several in one go.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -369,6 +382,11 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.CompleteTask,
                     request_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.CompleteTaskRequest.FromString,
                     response_serializer=atelier_dot_task_dot_v1_dot_task__pb2.CompleteTaskResponse.SerializeToString,
+            ),
+            'CompleteTasks': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompleteTasks,
+                    request_deserializer=atelier_dot_task_dot_v1_dot_task__pb2.CompleteTasksRequest.FromString,
+                    response_serializer=atelier_dot_task_dot_v1_dot_task__pb2.CompleteTasksResponse.SerializeToString,
             ),
             'FailTask': grpc.unary_unary_rpc_method_handler(
                     servicer.FailTask,
@@ -841,6 +859,33 @@ class TaskService:
             '/atelier.task.v1.TaskService/CompleteTask',
             atelier_dot_task_dot_v1_dot_task__pb2.CompleteTaskRequest.SerializeToString,
             atelier_dot_task_dot_v1_dot_task__pb2.CompleteTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompleteTasks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.task.v1.TaskService/CompleteTasks',
+            atelier_dot_task_dot_v1_dot_task__pb2.CompleteTasksRequest.SerializeToString,
+            atelier_dot_task_dot_v1_dot_task__pb2.CompleteTasksResponse.FromString,
             options,
             channel_credentials,
             insecure,

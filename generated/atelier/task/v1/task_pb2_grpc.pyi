@@ -84,12 +84,15 @@ class TaskServiceStub:
     """
     ClaimTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.ClaimTaskRequest, _task_pb2.ClaimTaskResponse]
     """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
-    when there is none.
+    when there is none. A worker that got as many as it asked for asks again when it has room: a permit wakes those
+    that rest, and there is not one for each task of a batch.
     """
     RenewLease: _grpc.UnaryUnaryMultiCallable[_task_pb2.RenewLeaseRequest, _task_pb2.RenewLeaseResponse]
     """Prolongs a lease and reports progress. Fails with LEASE_LOST."""
     CompleteTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.CompleteTaskRequest, _task_pb2.CompleteTaskResponse]
     """Ends a task well. Repeating it with the same file succeeds. Fails with LEASE_LOST: the result must be discarded."""
+    CompleteTasks: _grpc.UnaryUnaryMultiCallable[_task_pb2.CompleteTasksRequest, _task_pb2.CompleteTasksResponse]
+    """Ends several tasks well, each by itself, whatever becomes of the others: for workers that do several in one go."""
     FailTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.FailTaskRequest, _task_pb2.FailTaskResponse]
     """Ends an attempt badly, or gives it back. A failure that may pass is tried again, up to the attempts. Fails with LEASE_LOST."""
     LookupTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.LookupTaskRequest, _task_pb2.LookupTaskResponse]
@@ -150,12 +153,15 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """
     ClaimTask: _aio.UnaryUnaryMultiCallable[_task_pb2.ClaimTaskRequest, _task_pb2.ClaimTaskResponse]  # type: ignore[assignment]
     """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
-    when there is none.
+    when there is none. A worker that got as many as it asked for asks again when it has room: a permit wakes those
+    that rest, and there is not one for each task of a batch.
     """
     RenewLease: _aio.UnaryUnaryMultiCallable[_task_pb2.RenewLeaseRequest, _task_pb2.RenewLeaseResponse]  # type: ignore[assignment]
     """Prolongs a lease and reports progress. Fails with LEASE_LOST."""
     CompleteTask: _aio.UnaryUnaryMultiCallable[_task_pb2.CompleteTaskRequest, _task_pb2.CompleteTaskResponse]  # type: ignore[assignment]
     """Ends a task well. Repeating it with the same file succeeds. Fails with LEASE_LOST: the result must be discarded."""
+    CompleteTasks: _aio.UnaryUnaryMultiCallable[_task_pb2.CompleteTasksRequest, _task_pb2.CompleteTasksResponse]  # type: ignore[assignment]
+    """Ends several tasks well, each by itself, whatever becomes of the others: for workers that do several in one go."""
     FailTask: _aio.UnaryUnaryMultiCallable[_task_pb2.FailTaskRequest, _task_pb2.FailTaskResponse]  # type: ignore[assignment]
     """Ends an attempt badly, or gives it back. A failure that may pass is tried again, up to the attempts. Fails with LEASE_LOST."""
     LookupTask: _aio.UnaryUnaryMultiCallable[_task_pb2.LookupTaskRequest, _task_pb2.LookupTaskResponse]  # type: ignore[assignment]
@@ -303,7 +309,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.ClaimTaskResponse, _abc.Awaitable[_task_pb2.ClaimTaskResponse]]:
         """Takes the next tasks of a pool, each under a lease of its own, of each user in turn. Answers without an assignment
-        when there is none.
+        when there is none. A worker that got as many as it asked for asks again when it has room: a permit wakes those
+        that rest, and there is not one for each task of a batch.
         """
 
     @_abc_1.abstractmethod
@@ -321,6 +328,14 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.CompleteTaskResponse, _abc.Awaitable[_task_pb2.CompleteTaskResponse]]:
         """Ends a task well. Repeating it with the same file succeeds. Fails with LEASE_LOST: the result must be discarded."""
+
+    @_abc_1.abstractmethod
+    def CompleteTasks(
+        self,
+        request: _task_pb2.CompleteTasksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.CompleteTasksResponse, _abc.Awaitable[_task_pb2.CompleteTasksResponse]]:
+        """Ends several tasks well, each by itself, whatever becomes of the others: for workers that do several in one go."""
 
     @_abc_1.abstractmethod
     def FailTask(
