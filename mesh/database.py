@@ -11,15 +11,17 @@ import logging
 import os
 import random
 import sqlite3
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from select import POLLIN, poll
 from typing import Any
 
 from sqlalchemy import (
     URL,
     BigInteger,
+    Column,
     ColumnElement,
     Connection,
     Dialect,
@@ -34,7 +36,7 @@ from sqlalchemy import (
     tuple_,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoFreeConnection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.types import TypeDecorator
@@ -229,9 +231,19 @@ def insert(connection: AsyncConnection, table: Table) -> postgresql.Insert | sql
 
 async def insert_if_absent(connection: AsyncConnection, table: Table, values: Mapping[str, Any]) -> bool:
     """Insert a row; return False, changing nothing, when one of its unique keys is already there."""
-    statement = insert(connection, table).values(values).on_conflict_do_nothing()
-    result = await connection.execute(statement, execution_options={"preserve_rowcount": True})
+    statement = insert(connection, table).on_conflict_do_nothing()
+    result = await connection.execute(statement, values, execution_options={"preserve_rowcount": True})
     return result.rowcount == 1
+
+
+async def insert_absent(
+    connection: AsyncConnection, table: Table, rows: Sequence[Mapping[str, Any]], key: Column[Any]
+) -> set[Any]:
+    """Insert those of `rows` whose unique keys are not there already; return their values of `key`."""
+    if not rows:
+        return set()
+    statement = insert(connection, table).on_conflict_do_nothing().returning(key)
+    return set((await connection.execute(statement, rows)).scalars())
 
 
 async def delete_some(connection: AsyncConnection, table: Table, old: ColumnElement[bool], *, at_most: int) -> bool:
@@ -295,6 +307,20 @@ def _require_answer(path: Path) -> None:
             connection.execute("SELECT count(*) FROM sqlite_schema")
     except sqlite3.Error as failure:
         raise _unavailable(failure) from failure
+
+
+def _require_uncut(connection: Any, _record: object, _proxy: object) -> None:
+    """Have the pool make its connections anew when the server has cut this one: a restart costs its callers nothing.
+
+    As SQLAlchemy's `pool_pre_ping`, without a question to the server: one that cuts a connection says so, and to an
+    idle one it says nothing else.
+    """
+    wire = connection.driver_connection
+    heard = poll()
+    if not wire.closed:
+        heard.register(wire.pgconn.socket, POLLIN)
+    if wire.closed or heard.poll(0):
+        raise InvalidatePoolError
 
 
 def _unavailable(failure: BaseException | None) -> Unavailable:
@@ -373,10 +399,9 @@ def _postgresql_engine(url: URL, *, read_only: bool = False) -> AsyncEngine:
         pool_size=CONNECTIONS,
         max_overflow=0,
         pool_timeout=WRITER_WAIT_SECONDS,
-        # A restarted server costs its callers nothing: the connections that it cut are made anew.
-        pool_pre_ping=True,
         hide_parameters=True,  # of failed statements, in logs: among them are keys and hashes of passwords
     )
+    event.listen(engine.sync_engine, "checkout", _require_uncut)
     if read_only:
         event.listen(engine.sync_engine, "connect", lambda connection, _record: connection.set_read_only(value=True))
     return engine

@@ -5,12 +5,14 @@ The row goes in with the caller's transaction, so of many concurrent calls one w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 from sqlalchemy import Column, LargeBinary, MetaData, String, Table, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh.database import Timestamp, delete_some, insert_if_absent, now
+from mesh.database import Timestamp, delete_some, insert_absent, insert_if_absent, now
 from mesh.errors import FailedPrecondition
 
 FORGOTTEN_AT_ONCE = 1000  # keys in one transaction, so that nobody who writes waits long for it
@@ -34,6 +36,26 @@ def table(metadata: MetaData) -> Table:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A create that may have been asked for before."""
+
+    caller: str
+    """Whose key it is, usually a user's id: two people may pick the same key."""
+    method: str
+    """The rpc's name."""
+    key: str
+    """The caller's request id, not empty."""
+    fingerprint: bytes
+    """A digest of everything in the request that matters, without the key."""
+    new_id: str
+    """The id to use if nobody was first."""
+
+
+Adopted = tuple[str, bool]
+"""The id that a key stands for, and whether its request was the first."""
+
+
 async def adopt(
     connection: AsyncConnection,
     table: Table,
@@ -43,17 +65,10 @@ async def adopt(
     key: str,
     fingerprint: bytes,
     new_id: str,
-) -> tuple[str, bool]:
-    """Return the id that this key stands for, and whether this call was the first.
+) -> Adopted:
+    """Return what the key of a request, which is a `Request`'s fields, stands for.
 
-    Args:
-        connection: the transaction that stores the resource too.
-        table: from `table`.
-        caller: whose key it is, usually a user's id: two people may pick the same key.
-        method: the rpc's full name.
-        key: the caller's request id, not empty.
-        fingerprint: a digest of everything in the request that matters, without the key.
-        new_id: the id to use if nobody was first.
+    `connection` is the transaction that stores the resource too.
 
     Raises:
         IdempotencyKeyReused: the key was used for a request with another fingerprint.
@@ -80,6 +95,37 @@ async def adopt(
             metadata={"request_id": key},
         )
     return first.resource_id, False
+
+
+async def adopt_together(
+    connection: AsyncConnection, table: Table, requests: Sequence[Request]
+) -> list[Adopted | Exception]:
+    """Return what `adopt` says of each of many requests, or raises."""
+    time = await now(connection)
+    first = {(each.caller, each.method, each.key): each for each in reversed(requests)}
+    # In one order, so that two who do this wait for each other and do not meet crosswise.
+    rows = [
+        {
+            "caller": each.caller,
+            "method": each.method,
+            "key": each.key,
+            "fingerprint": each.fingerprint,
+            "resource_id": each.new_id,
+            "create_time": time,
+        }
+        for _, each in sorted(first.items())
+    ]
+    fresh = await insert_absent(connection, table, rows, table.c.resource_id)
+    answers: list[Adopted | Exception] = []
+    for each in requests:
+        if each.new_id in fresh:
+            answers.append((each.new_id, True))
+            continue
+        try:
+            answers.append(await adopt(connection, table, **asdict(each)))
+        except IdempotencyKeyReused as refusal:
+            answers.append(refusal)
+    return answers
 
 
 async def forget(connection: AsyncConnection, table: Table, older_than: timedelta = timedelta(hours=24)) -> bool:

@@ -8,7 +8,7 @@ from datetime import timedelta
 from sqlalchemy import Column, MetaData, String, Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh.database import Timestamp, delete_some, insert, now
+from mesh.database import Timestamp, delete_some, insert_absent, now
 
 FORGOTTEN_AT_ONCE = 1000  # rows in one transaction, so that nobody who writes waits long for it
 
@@ -29,8 +29,7 @@ async def first_time(connection: AsyncConnection, table: Table, consumer: str, e
     time = await now(connection)
     # In one order, so that two who take the same ones wait for each other and do not meet crosswise.
     rows = [{"consumer": consumer, "event_id": each, "receive_time": time} for each in sorted(set(event_ids))]
-    noted = insert(connection, table).on_conflict_do_nothing().returning(table.c.event_id)
-    return set((await connection.execute(noted, rows)).scalars())
+    return await insert_absent(connection, table, rows, table.c.event_id)
 
 
 async def forget(connection: AsyncConnection, table: Table, older_than: timedelta) -> bool:

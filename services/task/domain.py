@@ -334,8 +334,8 @@ class Replay:
 class Tasks(Protocol):
     """Where tasks are kept. Every `now` that a step sees is the database's."""
 
-    async def adopt(self, user_id: str, method: str, key: str, fingerprint: bytes, new_id: str) -> str:
-        """Return the id that the first call of `method` with `key` was given, which is `new_id` if this is the first.
+    async def adopt(self, user_id: str, method: str, key: str, fingerprint: bytes, new_id: str) -> tuple[str, bool]:
+        """Return the id that the first call of `method` with `key` was given, and whether this is the first.
 
         Raises:
             IdempotencyKeyReused: the first one asked for something else.

@@ -80,9 +80,10 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             # From here on every call with this key works on one task: the first to come through makes it, and what
             # a crash left half done the next one finishes.
             fingerprint = convert.fingerprint(request)
-            task_id = await self._tasks.adopt(user.user_id, "CreateTask", request.request_id, fingerprint, task_id)
+            key = request.request_id
+            task_id, first = await self._tasks.adopt(user.user_id, "CreateTask", key, fingerprint, task_id)
             crash.point("create: key kept")
-            present = await self._tasks.find(task_id)
+            present = None if first else await self._tasks.find(task_id)
             if present is not None:
                 return convert.task_to_proto(present)
 
@@ -119,8 +120,8 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         batch_id = ids.new("bat")
         if request.request_id:  # as in CreateTask
             key, fingerprint = request.request_id, convert.fingerprint(request)
-            batch_id = await self._tasks.adopt(user.user_id, "CreateTaskBatch", key, fingerprint, batch_id)
-            present = await self._tasks.find_batch(batch_id)
+            batch_id, first = await self._tasks.adopt(user.user_id, "CreateTaskBatch", key, fingerprint, batch_id)
+            present = None if first else await self._tasks.find_batch(batch_id)
             if present is not None:
                 return convert.batch_to_proto(present)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
@@ -28,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from mesh import crash, idempotency, ids, lock, outbox
-from mesh.database import Database, Timestamp, insert_if_absent, now
+from mesh.database import Database, Timestamp, insert_absent, insert_if_absent, now
 from mesh.together import Together
 from services.task.domain import (
     FORGET,
@@ -84,7 +85,7 @@ from services.task.webhooks import (
 )
 from services.task.webhooks import Failure as DeliveryFailure
 
-CHANGED_TOGETHER = 100
+TOGETHER = 100  # in one transaction
 _MICROSECOND = timedelta(microseconds=1)
 # Change between events, too.
 _UNTOLD = frozenset({"progress_fraction", "progress_stage", "lease_time", "update_time"})
@@ -98,6 +99,14 @@ class _Wanted:
 
     task_id: str
     step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class _New:
+    """A task to be stored, unless it is there already."""
+
+    task_id: str
+    created: Callable[[datetime], Change]
 
 
 class SqlTasks:
@@ -119,41 +128,19 @@ class SqlTasks:
         self._encode = encode
         self._hook_body = hook_body
         self._listeners: tuple[Callable[[str], None], ...] = ()
-        self._changed = Together[_Wanted, Task](self._change_together, at_most=CHANGED_TOGETHER)
+        self._adopted = Together[idempotency.Request, idempotency.Adopted](self._adopt_together, at_most=TOGETHER)
+        self._added = Together[_New, Task](self._add_together, at_most=TOGETHER)
+        self._changed = Together[_Wanted, Task](self._change_together, at_most=TOGETHER)
 
     def after_commit(self, *listeners: Callable[[str], None]) -> None:
         """Call each of `listeners` with a task's id after every change of it from now on."""
         self._listeners = listeners
 
-    async def adopt(self, user_id: str, method: str, key: str, fingerprint: bytes, new_id: str) -> str:
-        async with self._database.transaction() as connection:
-            task_id, _ = await idempotency.adopt(
-                connection,
-                idempotency_table,
-                caller=user_id,
-                method=method,
-                key=key,
-                fingerprint=fingerprint,
-                new_id=new_id,
-            )
-        return task_id
+    async def adopt(self, user_id: str, method: str, key: str, fingerprint: bytes, new_id: str) -> tuple[str, bool]:
+        return await self._adopted(idempotency.Request(user_id, method, key, fingerprint, new_id))
 
     async def add(self, task_id: str, created: Callable[[datetime], Change]) -> Task:
-        async with self._database.transaction() as connection:
-            present = await _locked(connection, task_id)
-            if present is not None:
-                return present
-            change = created(await now(connection))
-            [change] = await _in_turn(connection, [change])
-            if not await insert_if_absent(connection, task_table, _columns(change.task)):
-                # On PostgreSQL another call with the same key can slip in between: its task is ours.
-                return require_found(await _locked(connection, task_id), task_id)
-            crash.point("create: task written")
-            await self._tell(connection, [None], [change])
-            crash.point("create: events written")
-        crash.point("create: committed")
-        self._committed(task_id)
-        return change.task
+        return await self._added(_New(task_id, created))
 
     async def add_batch(self, batch_id: str, created: Callable[[datetime], Sequence[Change]]) -> Batch:
         async with self._database.transaction() as connection:
@@ -348,6 +335,8 @@ class SqlTasks:
 
     async def _take(self, connection: AsyncConnection, tasks: Sequence[Task], step: Step) -> list[Change]:
         """Take a step with each of `tasks`, which are locked; return what became of them, in order."""
+        if not tasks:
+            return []
         time = await now(connection)
         changes = [step(task, time) for task in tasks]
         anew = [each for task, each in zip(tasks, changes, strict=True) if each.task.round != task.round]
@@ -363,6 +352,39 @@ class SqlTasks:
         if moved:
             await connection.execute(_UPDATE, [{**_columns(each.task), "key": each.task.task_id} for each in moved])
         await self._tell(connection, tasks, changes)
+
+    async def _adopt_together(self, requests: Sequence[idempotency.Request]) -> list[idempotency.Adopted | Exception]:
+        async with self._database.transaction() as connection:
+            return await idempotency.adopt_together(connection, idempotency_table, requests)
+
+    async def _add_together(self, wanted: Sequence[_New]) -> list[Task | Exception]:
+        """Store each task that is wanted, whatever becomes of the others; return what is there then, or why not."""
+        refusals: dict[int, Exception] = {}
+        async with self._database.transaction() as connection:
+            tasks, time = await _locked_together(connection, {each.task_id for each in wanted}), await now(connection)
+            made: dict[str, Change] = {}
+            for number, each in enumerate(wanted):
+                if each.task_id not in tasks and each.task_id not in made:
+                    try:
+                        made[each.task_id] = each.created(time)
+                    except Exception as error:  # noqa: BLE001 - its caller's alone
+                        refusals[number] = error
+            changes = await _all_in_turn(connection, made.values())
+            stored = await insert_absent(
+                connection, task_table, [_columns(each.task) for each in changes], task_table.c.task_id
+            )
+            crash.point("create: task written")
+            new = [each for each in changes if each.task.task_id in stored]
+            await self._tell(connection, [None] * len(new), new)
+            crash.point("create: events written")
+            tasks |= {each.task.task_id: each.task for each in new}
+            # On PostgreSQL another call with the same key can slip in between: its task is ours.
+            if slipped_in := made.keys() - stored:
+                tasks |= await _locked_together(connection, slipped_in)
+        crash.point("create: committed")
+        for change in new:
+            self._committed(change.task.task_id)
+        return [refusals.get(number) or tasks[each.task_id] for number, each in enumerate(wanted)]
 
     async def _change_together(self, wanted: Sequence[_Wanted]) -> list[Task | Exception]:
         """Take each step that is wanted, whatever becomes of the others; return the tasks after it, or why not."""
@@ -644,6 +666,15 @@ async def _batch(connection: AsyncConnection, batch_id: str) -> Batch | None:
         done += count if state.ended else fractions
     done += row.size - sum(states.values())  # those that ended so long ago that they are not kept
     return Batch(batch_id, row.user_id, row.create_time, row.size, states, done / row.size)
+
+
+async def _all_in_turn(connection: AsyncConnection, changes: Iterable[Change]) -> list[Change]:
+    """Give tasks that several owners queue now their places."""
+    groups: defaultdict[tuple[str, str, str], list[Change]] = defaultdict(list)
+    for each in changes:
+        groups[each.task.pool, each.task.user_id, each.task.role].append(each)
+    # In one order, so that two who lock the same turns wait for each other and do not meet crosswise.
+    return [placed for _, group in sorted(groups.items()) for placed in await _in_turn(connection, group)]
 
 
 async def _in_turn(connection: AsyncConnection, changes: Sequence[Change]) -> list[Change]:

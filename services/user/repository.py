@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -31,6 +31,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from mesh import crash, idempotency, inbox, lock
 from mesh.database import Database, insert_if_absent
 from mesh.errors import MeshError
+from mesh.together import Together
 from services.user.domain import (
     FORGET,
     Account,
@@ -38,6 +39,7 @@ from services.user.domain import (
     EmailTaken,
     Kind,
     Outcome,
+    QuotaExceeded,
     Reservation,
     Role,
     State,
@@ -73,6 +75,9 @@ DRIFTS_AT_ONCE = 100
 ASKED_AT_ONCE = 100
 """Reservations that upkeep asks about in one round, so that a round stays short."""
 
+
+RESERVED_TOGETHER = 100
+"""Calls whose reservations are made in one transaction."""
 
 _UPDATE_RESERVATION = update(reservation).where(reservation.c.reservation_id == bindparam("key"))
 
@@ -157,11 +162,28 @@ class SqlAccounts:
                 more = await inbox.forget(connection, inbox_table, REDELIVERED_WITHIN) or keys
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Reservations of one account, all or none."""
+
+    reservation_ids: tuple[str, ...]
+    user_id: str
+    kind: Kind
+    amount: int
+    now: datetime
+
+    @property
+    def counted(self) -> tuple[str, Kind, str, int]:
+        """What those share that can be set aside by one statement."""
+        return self.user_id, self.kind, period(self.kind, self.now), self.amount
+
+
 class SqlQuotas:
     """Satisfies `domain.Quotas`. One transaction per method."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._reserved = Together[_Wanted, list[Reservation]](self._reserve_together, at_most=RESERVED_TOGETHER)
 
     async def usage(self, user_id: str, now: datetime) -> Mapping[Kind, Usage]:
         async with self._database.reading() as connection:
@@ -170,31 +192,40 @@ class SqlQuotas:
     async def reserve(
         self, reservation_ids: Sequence[str], user_id: str, kind: Kind, amount: int, now: datetime
     ) -> list[Reservation]:
+        return await self._reserved(_Wanted(tuple(reservation_ids), user_id, kind, amount, now))
+
+    async def _reserve_together(self, wanted: Sequence[_Wanted]) -> list[list[Reservation] | Exception]:
+        """Reserve what each wants, whatever becomes of the others."""
+        refusals: dict[_Wanted, Exception] = {}
         async with self._database.transaction() as connection:
-            # The lock makes an account's reservations wait for each other, so that looking before writing is safe.
-            account = await _account(connection, user_id, lock=True)
-            standing = await _reservations(connection, reservation_ids)
-            kept = {each: of for each, of in standing.items() if of.state is not State.RELEASED}
-            if held := [each for each, of in kept.items() if of.state is State.HELD]:
-                # Whoever repeats the call is about to commit what it is for: upkeep waits anew.
-                await connection.execute(update(reservation).where(_among(held)).values(update_time=now))
-            fresh = [
-                Reservation(each, user_id, kind, period(kind, now), amount)
-                for each in dict.fromkeys(reservation_ids)
-                if each not in kept
-            ]
-            if fresh:
-                total = amount * len(fresh)
-                if not await _set_aside(connection, fresh[0], total, account.limit(kind)):
-                    raise exceeded(account, kind, await _usage(connection, user_id, kind, fresh[0].period), total, now)
-                if released := standing.keys() - kept.keys():
-                    await connection.execute(delete(reservation).where(_among(released)))
-                await connection.execute(insert(reservation), [_reservation_columns(each, now) for each in fresh])
-                await connection.execute(insert(ledger), [_entry(each, 0, amount, now) for each in fresh])
-            crash.point(f"quota for {kind}: written")
-        crash.point(f"quota for {kind}: committed")
-        present = kept | {each.reservation_id: each for each in fresh}
-        return [present[each] for each in reservation_ids]
+            # The locks make an account's reservations wait for each other, so that looking before writing is safe.
+            accounts = await _accounts(connection, {each.user_id for each in wanted})
+            reservations = await _reservations(connection, [each for one in wanted for each in one.reservation_ids])
+            alike: defaultdict[tuple[str, Kind, str, int], list[_Wanted]] = defaultdict(list)
+            for each in wanted:
+                alike[each.counted].append(each)
+            # In one order, as `_move` locks counters.
+            for (user_id, *_), group in sorted(alike.items()):
+                account = accounts.get(user_id)
+                if account is None:
+                    refusals |= dict.fromkeys(group, not_found(user_id))
+                    continue
+                try:
+                    await _hold(connection, account, group, reservations)
+                except QuotaExceeded:
+                    for each in group:  # some of them may fit
+                        try:
+                            await _hold(connection, account, [each], reservations)
+                        except QuotaExceeded as refusal:
+                            refusals[each] = refusal
+            for kind in {each.kind for each in wanted}:
+                crash.point(f"quota for {kind}: written")
+        for kind in {each.kind for each in wanted}:
+            crash.point(f"quota for {kind}: committed")
+        return [
+            refusals.get(each) or [reservations[reservation_id] for reservation_id in each.reservation_ids]
+            for each in wanted
+        ]
 
     async def move(self, reservation_id: str, target: State, now: datetime) -> Reservation | None:
         async with self._database.transaction() as connection:
@@ -277,6 +308,44 @@ class SqlQuotas:
         )
         async with self._database.reading() as connection:
             return [_from_reservation_row(row) for row in await connection.execute(found)]
+
+
+async def _hold(
+    connection: AsyncConnection, account: Account, alike: Sequence[_Wanted], reservations: dict[str, Reservation]
+) -> None:
+    """Make the `reservations` that are not there, or were released, for some who want alike: all or none.
+
+    Raises:
+        QuotaExceeded: together they do not fit.
+    """
+    wanted, now = alike[0], max(each.now for each in alike)
+    ids = dict.fromkeys(each for one in alike for each in one.reservation_ids)
+    kept = {each for each in ids if each in reservations and reservations[each].state is not State.RELEASED}
+    if held := [each for each in kept if reservations[each].state is State.HELD]:
+        # Whoever repeats the call is about to commit what it is for: upkeep waits anew.
+        await connection.execute(update(reservation).where(_among(held)).values(update_time=now))
+    fresh = [
+        Reservation(each, account.user_id, wanted.kind, period(wanted.kind, wanted.now), wanted.amount)
+        for each in ids
+        if each not in kept
+    ]
+    if not fresh:
+        return
+    total = wanted.amount * len(fresh)
+    if not await _set_aside(connection, fresh[0], total, account.limit(wanted.kind)):
+        usage = await _usage(connection, account.user_id, wanted.kind, fresh[0].period)
+        raise exceeded(account, wanted.kind, usage, total, now)
+    if released := [each.reservation_id for each in fresh if each.reservation_id in reservations]:
+        await connection.execute(delete(reservation).where(_among(released)))
+    await connection.execute(insert(reservation), [_reservation_columns(each, now) for each in fresh])
+    await connection.execute(insert(ledger), [_entry(each, 0, wanted.amount, now) for each in fresh])
+    reservations |= {each.reservation_id: each for each in fresh}
+
+
+async def _accounts(connection: AsyncConnection, user_ids: Collection[str]) -> dict[str, Account]:
+    """Return accounts, locked, in one order: two who lock the same ones wait and do not meet crosswise."""
+    found = select(account_table).where(account_table.c.user_id.in_(user_ids)).order_by(account_table.c.user_id)
+    return {row.user_id: _from_row(row) for row in await connection.execute(found.with_for_update())}
 
 
 async def _account(connection: AsyncConnection, user_id: str, *, lock: bool = False) -> Account:

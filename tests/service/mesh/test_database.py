@@ -391,7 +391,8 @@ async def test_connections_that_the_server_cut_cost_nobody_a_call(opened: Databa
     readers = (count(opened, pair) for _ in range(database.CONNECTIONS))
     await asyncio.gather(*readers)
 
-    postgresql.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'tester'")
+    cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'tester'"
+    await eventually(lambda: not postgresql.execute(cut))
 
     assert await asyncio.gather(*(count(opened, pair) for _ in range(2 * database.CONNECTIONS))) == [0] * 10
 

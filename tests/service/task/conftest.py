@@ -125,11 +125,11 @@ class Interrupted(SqlTasks):
             self.crash_at = ""
             raise RuntimeError(f"crashed: {step}")
 
-    async def adopt(self, *arguments: Any) -> str:
+    async def adopt(self, *arguments: Any) -> tuple[str, bool]:
         self._reach("before the key")
-        task_id = await super().adopt(*arguments)
+        adopted = await super().adopt(*arguments)
         self._reach("after the key")
-        return task_id
+        return adopted
 
     async def add(self, task_id: str, created: Callable[[datetime], Any]) -> Any:
         self._reach("before the transaction")
