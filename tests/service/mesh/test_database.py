@@ -302,6 +302,30 @@ async def test_a_key_used_for_another_request_is_refused(opened: Database) -> No
     assert (refusal.value.reason, refusal.value.metadata) == ("IDEMPOTENCY_KEY_REUSED", {"request_id": "k"})
 
 
+async def test_requests_that_are_adopted_together_each_get_what_they_would_alone(opened: Database) -> None:
+    def request(key: str, new_id: str, fingerprint: bytes = b"f") -> idempotency.Request:
+        return idempotency.Request("usr_1", "m", key, fingerprint, new_id)
+
+    async def adopt(*requests: idempotency.Request) -> list[object]:
+        async with opened.transaction() as connection:
+            answers = await idempotency.adopt_together(connection, idempotency_table, requests)
+        return [each.reason if isinstance(each, IdempotencyKeyReused) else each for each in answers]
+
+    before = await adopt(request("old", "tsk_0"))
+    together = await adopt(
+        request("new", "tsk_1"),
+        request("old", "tsk_2"),
+        request("new", "tsk_3"),
+        request("new", "tsk_4", b"another"),
+        request("other", "tsk_5"),
+    )
+
+    assert before == [("tsk_0", True)]
+    assert together == [
+        ("tsk_1", True), ("tsk_0", False), ("tsk_1", False), "IDEMPOTENCY_KEY_REUSED", ("tsk_5", True),
+    ]  # fmt: skip
+
+
 async def test_a_forgotten_key_is_free_again(opened: Database) -> None:
     key = {"caller": "usr_1", "method": "m", "key": "k", "fingerprint": b"f"}
     async with opened.transaction() as connection:

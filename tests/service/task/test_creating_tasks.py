@@ -2,6 +2,8 @@
 
 import asyncio
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import pytest
 from atelier.media.v1 import media_pb2
@@ -9,6 +11,7 @@ from atelier.task.v1 import events_pb2
 from atelier.task.v1 import task_pb2 as pb
 
 from mesh.errors import Unavailable
+from services.task import domain
 from tests.service.task.conftest import (
     MARK,
     OWNER,
@@ -102,6 +105,37 @@ async def test_fifty_calls_with_one_key_make_one_task(start: Start, users: Users
     assert users.reserved == {f"{answers[0].task_id}/1"}
     assert len(await everything(replicas[0])) == 1
     assert len(await replicas[0].sent()) == 2
+
+
+async def test_of_tasks_that_are_created_at_once_one_that_is_refused_stops_no_other(replica: Replica):
+    """And each owner's get turns of their own."""
+
+    def refuse(_: object) -> domain.Change:
+        raise Unavailable("too late")
+
+    def create(user_id: str, task_id: str) -> Any:
+        made = partial(
+            domain.created, task_id=task_id, user_id=user_id, role="ROLE_USER",
+            input_file_id=PHOTO, file_ids=(PHOTO,), operation=b"",
+        )  # fmt: skip
+        return replica.tasks.add(task_id, made)
+
+    before = await create(OWNER, "tsk_0")
+    again, refused_, second, third, strangers, repeated = await asyncio.gather(
+        create(OWNER, "tsk_0"),
+        replica.tasks.add("tsk_1", refuse),
+        create(OWNER, "tsk_2"),
+        create(OWNER, "tsk_3"),
+        create(STRANGER, "tsk_4"),
+        create(OWNER, "tsk_3"),
+        return_exceptions=True,
+    )
+
+    assert (again, repeated) == (before, third)
+    assert str(refused_) == "too late"
+    assert [task.turn for task in (before, second, third, strangers)] == [0, 4, 8, 0]
+    assert sorted(task.task_id for task in await everything(replica)) == ["tsk_0", "tsk_2", "tsk_3"]
+    assert [len(history.events) for history in await replica.tasks.histories(["tsk_3", "tsk_4"])] == [1, 1]
 
 
 @pytest.mark.parametrize(

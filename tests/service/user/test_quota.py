@@ -61,6 +61,31 @@ async def test_of_a_thousand_parallel_calls_the_limit_s_hundred_pass(home):
     assert counts((await home.quota(ada.user_id)).tasks) == (0, 100)
 
 
+async def test_of_calls_at_once_those_that_fit_pass(home):
+    ada, bob = await home.registered(), await home.registered("bob")
+    await limited(home, ada, tasks=3)
+
+    def reserve(user_id, *tasks):
+        ids = [f"{task}/1" for task in tasks]
+        return home.quotas.reserve(ids, user_id, Kind.TASKS, 1, home.clock.now())
+
+    first, second, third, stranger, another = await asyncio.gather(
+        reserve(ada.user_id, "tsk_1", "tsk_2"),
+        reserve(ada.user_id, "tsk_3", "tsk_4"),
+        reserve(ada.user_id, "tsk_5", "tsk_1"),
+        reserve("usr_none", "tsk_6"),
+        reserve(bob.user_id, "tsk_7"),
+        return_exceptions=True,
+    )
+
+    assert [each.reservation_id for each in first + third + another] == [
+        "tsk_1/1", "tsk_2/1", "tsk_5/1", "tsk_1/1", "tsk_7/1",
+    ]  # fmt: skip
+    assert (second.reason, stranger.reason) == ("QUOTA_EXCEEDED", "USER_NOT_FOUND")
+    assert counts((await home.quota(ada.user_id)).tasks) == (0, 3)
+    assert await home.quotas.audit() == []
+
+
 async def test_parallel_calls_on_the_wire_pass_the_limit_s_number(home):
     ada = await home.registered()
     await limited(home, ada, tasks=10)
