@@ -26,11 +26,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="how long things die (default 60)")
     parser.add_argument("--people", type=int, default=6, help="who work at a time (default 6)")
     parser.add_argument("--replicas", type=int, default=2, help="of every service (default 2)")
+    parser.add_argument("--postgres", action="store_true", help="keep the data in PostgreSQL, which dies, too")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        Path(folder).chmod(0o711)  # PostgreSQL runs as another user
         say(f"Seed {options.seed}. Starting a mesh of its own, {options.replicas} of each …")
-        with running(Path(folder) / "var", replicas=options.replicas, settings=SETTINGS) as mesh:
+        database = ("--postgres",) if options.postgres else ()
+        with running(Path(folder) / "var", *database, replicas=options.replicas, settings=SETTINGS) as mesh:
             report = asyncio.run(
                 storm(mesh, seed=options.seed, seconds=options.seconds, people=options.people, tell=say, patient=True)
             )

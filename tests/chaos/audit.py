@@ -16,11 +16,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import make_url, text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from scripts.local.install import rabbitmq_servers
-from scripts.local.layout import Layout
+from scripts.local.layout import SQLITE, Layout
 from tests.chaos.journal import Job
 
 Row = Mapping[str, Any]
@@ -93,9 +93,7 @@ async def collected(layout: Layout, environment: Mapping[str, str]) -> Evidence:
     """Read a mesh, which should be at rest."""
     rows: dict[tuple[str, str], Sequence[Row]] = {}
     for service, tables in TABLES.items():
-        default = f"sqlite+aiosqlite:///{layout.data}/{service}.db"
-        url = make_url(environment.get(f"{service.upper()}_DATABASE_URL", default))
-        engine = create_async_engine(url)
+        engine = create_async_engine(_database(layout, service))
         try:
             async with engine.connect() as connection:
                 for table in tables:
@@ -107,6 +105,13 @@ async def collected(layout: Layout, environment: Mapping[str, str]) -> Evidence:
     now = await asyncio.to_thread(_seconds_of, folder)
     blobs = await asyncio.to_thread(lambda: list(_blobs(folder, now)))
     return Evidence(rows, await _queues(layout), blobs, int(now * 1_000_000))
+
+
+def _database(layout: Layout, service: str) -> str:
+    if layout.database == SQLITE:
+        return f"sqlite+aiosqlite:///{layout.data}/{service}.db"
+    password = (layout.secrets / "postgresql").read_text().strip()
+    return f"postgresql+psycopg://postgres:{password}@127.0.0.1:{layout.postgresql_port}/{service}"
 
 
 def audited(evidence: Evidence, journal: Sequence[Job]) -> Findings:

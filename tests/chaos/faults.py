@@ -47,7 +47,7 @@ SERVICES = {
     "envoy": 1,
     "consul": 1,
     "rabbitmq": 2,
-    "postgres": 2,
+    "postgresql": 2,
 }
 
 
