@@ -10,7 +10,7 @@ from atelier.user.v1.user_pb2_grpc import UserServiceStub
 
 from mesh import broker, certificates, channel, database, lock, outbox, service
 from mesh.clock import SystemClock
-from services.task import convert, handlers, repository, sender, tables, upkeep, watch
+from services.task import convert, handlers, repository, sender, tables, upkeep, watch, webhook_repository
 from services.task.config import Config
 
 
@@ -29,7 +29,7 @@ async def main(config: Config) -> None:
         peers, key = (StorageServiceStub(storage), UserServiceStub(user)), config.secret("capability.key")
         keeper = upkeep.Upkeep(tasks, bus, config.terms)
         work = keeper.work(lock.Locks(config, sql, tables.lock_table))
-        owed = repository.SqlWebhooks(sql)
+        owed = webhook_repository.SqlWebhooks(sql)
         hooks = handlers.WebhookService(owed, config.webhook_allowed_networks)
         servicer = handlers.TaskService(
             tasks, watches, *peers, hooks, capability_key=key, terms=config.terms,

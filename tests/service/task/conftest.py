@@ -26,10 +26,11 @@ from mesh.service import READER_SECONDS
 from services.task import convert
 from services.task.domain import FORGET, Terms
 from services.task.handlers import TaskService, WebhookService
-from services.task.repository import SqlTasks, SqlWebhooks
+from services.task.repository import SqlTasks
 from services.task.tables import lock_table, outbox_table
 from services.task.upkeep import Upkeep
 from services.task.watch import Watches
+from services.task.webhook_repository import SqlWebhooks
 from tests.databases import NewDatabase
 from tests.eventually import eventually
 from tests.held_clock import HeldClock

@@ -15,9 +15,9 @@ from sqlalchemy import insert, select, update
 
 from mesh.clock import SystemClock
 from services.task import convert
-from services.task.repository import SqlWebhooks
 from services.task.sender import AT_ONCE_PER_USER, Sender, posting
 from services.task.tables import webhook_delivery
+from services.task.webhook_repository import SqlWebhooks
 from services.task.webhooks import PATIENCE, Network, Patience, new_secret
 from tests.databases import on_sqlite
 from tests.eventually import eventually
