@@ -23,7 +23,7 @@ class CapabilityInvalid(PermissionDenied):
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """Read `input_file_ids`; write one result of at most `max_bytes` for `user_id`, until `expire_time`."""
+    """Read `input_file_ids`; write results of at most `max_bytes` each for `user_id`, until `expire_time`."""
 
     task_id: str
     attempt: int

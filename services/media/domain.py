@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from mesh.errors import DeadlineExceeded, InvalidArgument, Unavailable
 
@@ -16,6 +17,7 @@ MAX_FRAMES = 500  # of an animation or a multi-page file; finding them costs tim
 MAX_SIDE_PX = 16_384  # as the contract's bounds of width and height
 MAX_WEBP_SIDE_PX = 16_383  # 14 bits in its header
 MAX_NAME_LENGTH = 255  # of a stored file
+MAX_RESULTS = 16  # of one task, as the contract's bounds of CompleteTask
 
 WHITE = "#ffffff"
 
@@ -154,6 +156,7 @@ OPERATIONS: tuple[type[Operation], ...] = (Resize, Convert, SmartCrop, Watermark
 class Written:
     """A result on disk; sides in pixels."""
 
+    path: Path
     format: Format
     width: int
     height: int
@@ -200,6 +203,11 @@ def placed(free_width: int, free_height: int, margin_px: int, gravity: Gravity) 
         x_margin + round(across * (free_width - 2 * x_margin)),
         y_margin + round(down * (free_height - 2 * y_margin)),
     )
+
+
+def result_path(folder: Path, index: int, format_: Format) -> Path:
+    """Return where an operation puts its result number `index`, from 0."""
+    return folder / f"result-{index}.{format_.value}"
 
 
 def result_name(input_name: str, written: Written) -> str:

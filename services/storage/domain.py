@@ -59,7 +59,7 @@ class ResultInUse(FailedPrecondition):
 
 @dataclass(frozen=True, slots=True)
 class NewFile:
-    """A file that is to be kept; its bytes have arrived. `task_id` and `attempt` are those of a result."""
+    """A file that is to be kept; its bytes have arrived. `task_id`, `attempt`, `result_index` are those of a result."""
 
     file_id: str
     user_id: str
@@ -69,6 +69,7 @@ class NewFile:
     sha256: str
     task_id: str | None = None
     attempt: int | None = None
+    result_index: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +153,7 @@ class Files(Protocol):
     async def begin(self, file: NewFile, request_id: str) -> File:
         """Store the row of `file`, not ready, or return that of an earlier call.
 
-        The earlier call is the user's with this `request_id`, or for a result the one of its task and attempt.
+        The earlier call is the user's with this `request_id`, or for a result the one of its task, attempt and index.
         """
 
     async def finish(self, file_id: str) -> File | None:
@@ -173,8 +174,8 @@ class Files(Protocol):
     async def delete(self, user_id: str, file_id: str) -> File:
         """Take a file away. Raises FileNotFound."""
 
-    async def result(self, task_id: str, attempt: int) -> File | None:
-        """Return the file that an attempt wrote, ready or not."""
+    async def results(self, task_id: str, attempt: int) -> Sequence[File]:
+        """Return the files that an attempt wrote, ready or not."""
 
     async def confirm(self, task_id: str, file_id: str) -> None:
         """Note that a task took a result."""

@@ -52,11 +52,15 @@ class BytesEndpoints:
     async def upload_file(self, request: Request) -> Response:
         user_id = context.user().user_id
         request_id = request.headers.get("idempotency-key", "")
-        return await self._store(request, user_id, self._upload_limit_bytes, request_id=request_id)
+        name = _named(request, known=("name",))
+        bounds.check(pb.UploadFileRequest(name=name, request_id=request_id))
+        return await self._store(request, name, user_id, self._upload_limit_bytes, request_id=request_id)
 
     async def write_result(self, request: Request) -> Response:
         granted = self._granted(request)
-        return await self._store(request, granted.user_id, granted.max_bytes, granted=granted)
+        name, index = _named(request, known=("name", "index")), _index(request)
+        bounds.check(pb.WriteResultRequest(name=name, index=index))
+        return await self._store(request, name, granted.user_id, granted.max_bytes, granted=granted, index=index)
 
     async def get_file_content(self, request: Request) -> Response:
         _require_query(request, known=())
@@ -75,16 +79,14 @@ class BytesEndpoints:
     async def _store(
         self,
         request: Request,
+        name: str,
         user_id: str,
         limit_bytes: int,
         *,
         request_id: str = "",
         granted: Capability | None = None,
+        index: int = 0,
     ) -> Response:
-        _require_query(request, known=("name",))
-        name = request.query_params.get("name", "")
-        require_name(name)
-        bounds.check(pb.UploadFileRequest(name=name, request_id=request_id))
         # Before the body is asked for; a length that lies, or is not told, is met while it streams.
         require_size(int(request.headers.get("content-length", 0)), limit_bytes)
         async with self._blobs.received(request.stream(), limit_bytes) as incoming:
@@ -100,6 +102,7 @@ class BytesEndpoints:
                 sha256=incoming.sha256,
                 task_id=granted.task_id if granted else None,
                 attempt=granted.attempt if granted else None,
+                result_index=index,
             )
             kept = await self._keeping.keep(new, incoming, request_id)
         answer = json_format.MessageToJson(file_to_proto(kept), always_print_fields_with_no_presence=True)
@@ -172,6 +175,23 @@ def _names(if_none_match: str, etag: str) -> bool:
     return any(
         each.strip().removeprefix("W/") in {etag, "*"} for each in if_none_match.split(",")
     )  # weak comparison, as RFC 9110 section 13.1.2 says
+
+
+def _named(request: Request, known: tuple[str, ...]) -> str:
+    """Return the file's name; `known` are the query parameters that may stand there."""
+    _require_query(request, known)
+    name = request.query_params.get("name", "")
+    require_name(name)
+    return name
+
+
+def _index(request: Request) -> int:
+    given = request.query_params.get("index", "0")
+    if not re.fullmatch(r"[0-9]{1,9}", given):
+        raise QueryMalformed(
+            "The query parameter index must be a whole number.", metadata={"parameter": "index", "value": given}
+        )
+    return int(given)
 
 
 def _require_query(request: Request, known: tuple[str, ...]) -> None:

@@ -83,14 +83,15 @@ class Keeping:
 
     async def discard(self, task_id: str, attempt: int) -> None:
         """Take away what an attempt wrote. Raises ResultInUse when its task took it."""
-        file = await self._files.result(task_id, attempt)
-        if file is None:
-            return
-        if file.confirmed or await self._judged(file) is Verdict.TAKEN:
-            raise ResultInUse(
-                f"The task took the file {file.file_id}: it cannot be discarded.", metadata={"file_id": file.file_id}
-            )
-        await self._refuse(file)
+        results = await self._files.results(task_id, attempt)
+        for file in results:
+            if file.confirmed or await self._judged(file) is Verdict.TAKEN:
+                raise ResultInUse(
+                    f"The task took the file {file.file_id}: it cannot be discarded.",
+                    metadata={"file_id": file.file_id},
+                )
+        for file in results:
+            await self._refuse(file)
 
     async def settle(self, result: File) -> None:
         """Confirm or refuse a result as its task has; leave it while the task works."""

@@ -54,13 +54,14 @@ class SqlFiles:
                 ready=False,
                 confirmed=new.task_id is None,
             )
-            # Only a result can be in another's way: its attempt's first.
+            # Only a result can be in another's way: what its attempt wrote first under its index.
+            same = _of_attempt(new.task_id, new.attempt) & (file.c.result_index == new.result_index)
             while not await insert_if_absent(connection, file, dataclasses.asdict(begun)):
-                first = await _one(connection, _of_attempt(new.task_id, new.attempt))
+                first = await _one(connection, same)
                 if first is not None and (first.ready or first.sha256 == new.sha256):
                     return first
                 # An earlier write broke off with other bytes: this one takes its place.
-                await _take_away(connection, _of_attempt(new.task_id, new.attempt) & ~file.c.ready)
+                await _take_away(connection, same & ~file.c.ready)
         return begun
 
     async def finish(self, file_id: str) -> File | None:
@@ -103,9 +104,10 @@ class SqlFiles:
             taken = await _take_away(connection, _visible(user_id, file_id))
         return _required(taken, file_id)
 
-    async def result(self, task_id: str, attempt: int) -> File | None:
+    async def results(self, task_id: str, attempt: int) -> Sequence[File]:
+        rows = select(file).where(_of_attempt(task_id, attempt)).order_by(file.c.result_index)
         async with self._database.reading() as connection:
-            return await _one(connection, _of_attempt(task_id, attempt))
+            return [_from_row(row) for row in await connection.execute(rows)]
 
     async def confirm(self, task_id: str, file_id: str) -> None:
         async with self._database.transaction() as connection:

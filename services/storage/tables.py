@@ -31,12 +31,13 @@ file = Table(
     Column("sha256", Text, nullable=False, index=True),
     Column("task_id", Text),  # null for an upload
     Column("attempt", Integer),
+    Column("result_index", Integer, nullable=False, server_default="0"),
     Column("create_time", Timestamp, nullable=False),
     Column("ready", Boolean, nullable=False),
     Column("confirmed", Boolean, nullable=False),
     CheckConstraint("size_bytes > 0", name="file_not_empty"),
-    # One result an attempt: the fence of a repeated write. Nulls do not collide.
-    UniqueConstraint("task_id", "attempt", name="file_of_attempt"),
+    # One result an attempt and index: the fence of a repeated write. Nulls do not collide.
+    UniqueConstraint("task_id", "attempt", "result_index", name="file_of_attempt"),
     Index("file_of_user", "user_id", "file_id"),
     Index("file_unsettled", "ready", "confirmed", "create_time"),
 )

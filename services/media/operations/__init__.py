@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,15 @@ _NO_MEMORY = ("out of memory", "allocat")  # as libvips and its codecs put it
 
 
 def run(
-    operation: domain.Operation, source: Path, files: Mapping[str, Path], output: Path, progress: image.Progress
-) -> domain.Written:
-    """Do an operation: file to file, in this thread.
+    operation: domain.Operation, source: Path, files: Mapping[str, Path], folder: Path, progress: image.Progress
+) -> Sequence[domain.Written]:
+    """Do an operation: files to files, in this thread.
 
     Args:
         operation: what to do.
         source: the input.
         files: what else the operation names, by file id.
-        output: where the result goes, without its extension: `Written.format` says which was added.
+        folder: where the results go, as `domain.result_path` names them.
         progress: is told how far it is, often.
 
     Raises:
@@ -48,7 +48,7 @@ def run(
     format_ = operation.format or opened.format
     try:
         made = RUN[type(operation)](opened, operation, others)
-        return image.write(made, format_, operation.quality, output.with_suffix(f".{format_.value}"), progress)
+        return [image.write(made, format_, operation.quality, domain.result_path(folder, 0, format_), progress)]
     except pyvips.Error as fault:
         if any(sign in str(fault).lower() for sign in _NO_MEMORY):
             raise domain.OutOfMemory("The image needs more memory than a worker has.") from fault

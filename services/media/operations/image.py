@@ -119,7 +119,7 @@ def write(image: Image, format_: Format, quality: int, output: Path, progress: P
     image.signal_connect("eval", lambda _image, state: progress(state.percent / 100))
     options = _SAVE[format_] if format_ is Format.PNG else {**_SAVE[format_], "Q": quality}
     image.write_to_file(str(output), **options, keep="icc", profile="srgb")
-    return Written(format_, image.width, image.height)
+    return Written(output, format_, image.width, image.height)
 
 
 def flattened(image: Image, background: str) -> Image:

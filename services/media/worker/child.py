@@ -28,7 +28,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NICE = 5  # the event loops that keep leases and answer health checks come first
 
 Job = tuple[Operation, Path, dict[str, Path], Path]
-"""Operation, input, other files by id, output without its extension. It comes with the seconds it may take."""
+"""Operation, input, other files by id, folder of the results. It comes with the seconds it may take."""
 Answer = Callable[[dict[str, Any]], None]
 
 
@@ -59,7 +59,7 @@ def main(memory_bytes: int) -> None:
 
 def _answer(job: Job, answer: Answer) -> None:
     try:
-        written = operations.run(*job, _Progress(answer))
+        results = operations.run(*job, _Progress(answer))
     except MeshError as refusal:
         answer({"refused": [refusal.code_number, refusal.reason, refusal.message]})
     except MemoryError:
@@ -67,7 +67,7 @@ def _answer(job: Job, answer: Answer) -> None:
     except Exception:  # noqa: BLE001 - a bug: the worker logs it, and this process goes on
         answer({"crashed": traceback.format_exc()[-8000:]})
     else:
-        answer({"written": [written.format.name, written.width, written.height]})
+        answer({"written": [[each.format.name, each.width, each.height] for each in results]})
 
 
 class _Progress:

@@ -11,13 +11,23 @@ import shutil
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from mesh.errors import BY_CODE_NUMBER, Internal
 from services.media.config import WorkerConfig
-from services.media.domain import Format, Operation, OutOfMemory, TimeLimitExceeded, WorkerCrashed, Written
+from services.media.domain import (
+    MAX_RESULTS,
+    Format,
+    Operation,
+    OutOfMemory,
+    TimeLimitExceeded,
+    WorkerCrashed,
+    Written,
+    result_path,
+)
 
 JOBS_PER_PROCESS = 500  # then a fresh one: whatever libraries leak is bounded
 
@@ -59,15 +69,15 @@ class Slot:
         return self._process
 
     async def run(
-        self, operation: Operation, source: Path, files: dict[str, Path], output: Path, told: Callable[[float], None]
-    ) -> Written:
+        self, operation: Operation, source: Path, files: dict[str, Path], folder: Path, told: Callable[[float], None]
+    ) -> Sequence[Written]:
         """Do an operation in the child. Cancelling kills the child at once; the next job gets a new one.
 
         Args:
             operation: what to do.
             source: the input.
             files: what else the operation names, by file id.
-            output: where the result goes, without its extension.
+            folder: where the results go.
             told: takes the share that is done, 0..1.
 
         Raises:
@@ -82,7 +92,7 @@ class Slot:
         alive = False
         try:
             with contextlib.suppress(ConnectionError):  # it died: read what it said, and how
-                process.stdin.write(pickle.dumps((seconds, (operation, source, files, output))))
+                process.stdin.write(pickle.dumps((seconds, (operation, source, files, folder))))
                 await process.stdin.drain()
             while line := await process.stdout.readline():
                 message = json.loads(line)
@@ -90,7 +100,7 @@ class Slot:
                     told(message["progress"])
                     continue
                 alive = self._jobs < JOBS_PER_PROCESS and not _out_of_memory(message)
-                return _outcome(message)
+                return _outcome(message, folder)
             raise _death(await process.wait(), seconds)
         finally:
             if not alive:
@@ -122,16 +132,23 @@ def _death(status: int, seconds: int) -> TimeLimitExceeded | WorkerCrashed:
     return WorkerCrashed("The process that worked on the image died.", metadata={"status": str(status)})
 
 
-def _outcome(message: dict[str, list[object]]) -> Written:
+def _outcome(message: dict[str, list[Any]], folder: Path) -> Sequence[Written]:
     match message:
-        case {"written": [str(name), int(width), int(height)]}:
-            return Written(Format[name], width, height)
+        case {"written": [_, *_] as results} if len(results) <= MAX_RESULTS:
+            return [_written(each, index, folder) for index, each in enumerate(results)]
         case {"refused": [int(code), str(reason), str(text)]}:
             refusal = BY_CODE_NUMBER.get(code, Internal)(text)
             refusal.reason = reason
             raise refusal
         case _:
             raise RuntimeError(f"a child process failed: {message.get('crashed', message)}")
+
+
+def _written(result: list[Any], index: int, folder: Path) -> Written:
+    # Where a result lies is worked out here: what the child says is believed no further than it must be.
+    name, width, height = result
+    format_ = Format[name]
+    return Written(result_path(folder, index, format_), format_, int(width), int(height))
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ from google.rpc import status_pb2
 from mesh import channel, status
 from mesh.capability import CAPABILITY_KEY
 from mesh.errors import Internal, MeshError, Unavailable
-from services.media.domain import Format, StorageUnavailable
+from services.media.domain import StorageUnavailable, Written
 
 CHUNK_BYTES = 1024 * 1024
 PAUSES_SECONDS = (0.2, 0.5, 1.0, 2.0)  # between rounds over the instances: a restart of storage goes unnoticed
@@ -65,21 +65,22 @@ class Storage:
 
         return await self._somewhere(read)
 
-    async def write_result(self, path: Path, name: str, format_: Format, capability: str) -> str:
-        """Store the file at `path` as the result and return its id. Repeating it answers the same file.
+    async def write_result(self, index: int, name: str, written: Written, capability: str) -> str:
+        """Store an attempt's result number `index`, from 0, and return its id. Repeating it answers the same file.
 
         Raises:
             StorageUnavailable: no instance took it.
             MeshError: what storage refused it with.
         """
         headers = self._headers(capability) | {
-            "content-type": format_.content_type,
-            "content-length": str((await asyncio.to_thread(path.stat)).st_size),
+            "content-type": written.format.content_type,
+            "content-length": str((await asyncio.to_thread(written.path.stat)).st_size),
         }
+        parameters = {"name": name, "index": str(index)}
 
         async def write(base: str) -> str:
             response = await self._client.post(
-                f"{base}/internal/v1/results", params={"name": name}, headers=headers, content=_chunks(path)
+                f"{base}/internal/v1/results", params=parameters, headers=headers, content=_chunks(written.path)
             )
             await _require_success(response)
             return str(response.json()["fileId"])

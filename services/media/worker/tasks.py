@@ -172,11 +172,11 @@ class Worker:
 
     async def _carry_out(self, assignment: task_pb2.ClaimTaskResponse.Assignment, lease: Lease, slot: Slot) -> None:
         progress = Progress(asyncio.Event())
-        work = asyncio.create_task(self._result(assignment, slot, progress))
+        work = asyncio.create_task(self._outputs(assignment, slot, progress))
         keeping = asyncio.create_task(self._keep(lease, progress, work))
         began = time.monotonic()
         try:
-            file_id = await work
+            file_ids = await work
         except asyncio.CancelledError:
             outcome = "lease lost" if lease.lost else "returned"
             await self._discard(lease)
@@ -194,7 +194,7 @@ class Worker:
         else:
             keeping.cancel()
             crash.point("worker: result stored")
-            outcome = await self._complete(lease, file_id)
+            outcome = await self._complete(lease, file_ids)
             crash.point("worker: completed")
         finally:
             keeping.cancel()
@@ -211,8 +211,10 @@ class Worker:
         )
         await self._free_again(slot)
 
-    async def _result(self, assignment: task_pb2.ClaimTaskResponse.Assignment, slot: Slot, progress: Progress) -> str:
-        """Do the work and return the id of what it made."""
+    async def _outputs(
+        self, assignment: task_pb2.ClaimTaskResponse.Assignment, slot: Slot, progress: Progress
+    ) -> list[str]:
+        """Do the work and return the ids of what it made."""
         task, capability = assignment.task, assignment.capability
         operation = operation_from(task.operation)
         source = slot.folder / "input"
@@ -221,20 +223,20 @@ class Worker:
         for file_id, path in files.items():
             await self._storage.read_input(file_id, capability, path)
         progress.at("decode", DOWNLOADED)
-        written = await slot.run(
+        results = await slot.run(
             operation,
             source,
             files,
-            slot.folder / "result",
+            slot.folder,
             lambda share: progress.at("process", DOWNLOADED + (PROCESSED - DOWNLOADED) * share),
         )
         progress.at("upload", PROCESSED)
-        result = slot.folder / f"result.{written.format.value}"
-        return await self._storage.write_result(
-            result, result_name(name or task.task_id, written), written.format, capability
-        )
+        return [
+            await self._storage.write_result(index, result_name(name or task.task_id, written), written, capability)
+            for index, written in enumerate(results)
+        ]
 
-    async def _keep(self, lease: Lease, progress: Progress, work: asyncio.Task[str]) -> None:
+    async def _keep(self, lease: Lease, progress: Progress, work: asyncio.Task[list[str]]) -> None:
         """Renew the lease until this is cancelled; when it is lost, stop the work."""
         while True:
             await asyncio.sleep(RENEW_AT_MOST_EVERY_SECONDS)
@@ -259,8 +261,8 @@ class Worker:
                     work.cancel()
                     return
 
-    async def _complete(self, lease: Lease, file_id: str) -> str:
-        request = task_pb2.CompleteTaskRequest(task_id=lease.task_id, attempt=lease.attempt, output_file_ids=[file_id])
+    async def _complete(self, lease: Lease, file_ids: Sequence[str]) -> str:
+        request = task_pb2.CompleteTaskRequest(task_id=lease.task_id, attempt=lease.attempt, output_file_ids=file_ids)
         reason = await self._told(lease, self._completed, request)
         if reason == "LEASE_LOST":
             await self._discard(lease)

@@ -252,7 +252,7 @@ async def test_writes_of_one_attempt_with_other_bytes_take_each_other_s_place(wo
     begun = await asyncio.gather(*(world.files.begin(other(number), "") for number in range(10)))
 
     assert len(begun) == 10
-    left = await world.files.result("tsk_1", 1)
+    (left,) = await world.files.results("tsk_1", 1)
     assert left in begun
 
 

@@ -21,9 +21,9 @@ def standing(state: str, attempt: int = 1, *file_ids: str) -> task_pb2.LookupTas
     )
 
 
-async def write(world, body: bytes = b"result", attempt: int = 1, **claims):
+async def write(world, body: bytes = b"result", attempt: int = 1, index: str = "0", **claims):
     async with world.worker(attempt, **claims) as http:
-        return await http.post(PATH, params={"name": "out.txt"}, content=body)
+        return await http.post(PATH, params={"name": "out.txt", "index": index}, content=body)
 
 
 async def listed(world) -> list[str]:
@@ -50,6 +50,47 @@ async def test_a_result_written_again_answers_the_first_file_and_is_charged_once
     assert again == first
     assert world.users.used == {first["fileId"]: 6}
     assert world.contents() == {first["sha256"]}
+
+
+async def test_an_attempt_has_a_result_for_each_index_and_a_repeated_one_answers_its_own(world):
+    first, second = (await write(world)).json(), (await write(world, b"smaller", index="1")).json()
+
+    again = (await write(world, b"encoded differently", index="1")).json()
+
+    assert (again, again["fileId"] != first["fileId"]) == (second, True)
+    assert world.users.used == {first["fileId"]: 6, second["fileId"]: 7}
+
+
+@pytest.mark.parametrize(("index", "reason"), [("16", "FIELD_OUT_OF_RANGE"), ("-1", "QUERY_MALFORMED")])
+async def test_an_index_out_of_bounds_is_refused(world, index, reason):
+    refusal = await write(world, index=index)
+
+    assert (refusal.status_code, refusal.json()["details"][0]["reason"]) == (400, reason)
+    assert refusal.json()["details"][0]["metadata"]["value"] == index
+
+
+async def test_a_discard_takes_all_results_of_its_attempt_and_none_of_another(world):
+    await write(world)
+    await write(world, b"smaller", index="1")
+    newer = (await write(world, b"newer", attempt=2, index="1")).json()
+
+    await world.stub(None, caller="media-worker").DiscardResult(storage_pb2.DiscardResultRequest(capability=granted()))
+
+    assert await world.rows() == {newer["fileId"]: newer["sha256"]}
+    assert world.users.used == {newer["fileId"]: 5}
+
+
+async def test_a_discard_leaves_all_when_the_task_took_them(world):
+    ids = [(await write(world, f"{index}".encode(), index=f"{index}")).json()["fileId"] for index in range(2)]
+    world.tasks.known["tsk_1"] = standing("SUCCEEDED", 1, *ids)
+
+    with pytest.raises(FailedPrecondition) as refusal:
+        await world.stub(None, caller="media-worker").DiscardResult(
+            storage_pb2.DiscardResultRequest(capability=granted())
+        )
+
+    assert refusal.value.reason == "RESULT_IN_USE"
+    assert set(await world.rows()) == set(ids)
 
 
 async def test_each_attempt_has_a_result_of_its_own(world):

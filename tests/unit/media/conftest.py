@@ -42,8 +42,8 @@ def run(tmp_path: Path) -> Run:
     def done(
         operation: domain.Operation, source: Path, files: dict[str, Path] | None = None
     ) -> tuple[Image.Image, domain.Written]:
-        written = operations.run(operation, source, files or {}, tmp_path / "result", lambda _share: None)
-        return Image.open(tmp_path / f"result.{written.format.value}"), written
+        (written,) = operations.run(operation, source, files or {}, tmp_path, lambda _share: None)
+        return Image.open(written.path), written
 
     return done
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,4 +47,4 @@ def test_a_mark_never_leaves_the_image(free_width, free_height, margin_px, gravi
     ],
 )
 def test_a_result_is_named_after_its_input(name, expected):
-    assert result_name(name, Written(Format.WEBP, 800, 533)) == expected
+    assert result_name(name, Written(Path("result-0.webp"), Format.WEBP, 800, 533)) == expected

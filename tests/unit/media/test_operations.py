@@ -75,10 +75,10 @@ def test_convert_writes_every_format(run, coffee, format_):
 
 def test_lower_quality_is_smaller(run, coffee, tmp_path):
     run(Convert(format=Format.JPEG, quality=90), coffee)
-    large = (tmp_path / "result.jpg").stat().st_size
+    large = (tmp_path / "result-0.jpg").stat().st_size
     run(Convert(format=Format.JPEG, quality=30), coffee)
 
-    assert (tmp_path / "result.jpg").stat().st_size < large / 2
+    assert (tmp_path / "result-0.jpg").stat().st_size < large / 2
 
 
 def test_transparency_is_laid_on_the_background_for_jpeg(run, tmp_path):
@@ -316,7 +316,7 @@ def test_a_gif_becomes_a_png_by_default(run, rocket, tmp_path):
 def test_progress_grows_to_the_end(coffee, tmp_path):
     shares: list[float] = []
 
-    operations.run(Resize(width=2000, fit=Fit.FIT), coffee, {}, tmp_path / "result", shares.append)
+    operations.run(Resize(width=2000, fit=Fit.FIT), coffee, {}, tmp_path, shares.append)
 
     assert shares == sorted(shares)
     assert shares[-1] == 1.0

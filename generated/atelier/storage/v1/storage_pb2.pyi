@@ -336,8 +336,11 @@ class WriteResultRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     BODY_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The file's name."""
+    index: _builtins.int
+    """Which of the attempt's results, from 0."""
     @_builtins.property
     def body(self) -> _httpbody_pb2.HttpBody:
         """The bytes."""
@@ -347,10 +350,11 @@ class WriteResultRequest(_message.Message):
         *,
         name: _builtins.str = ...,
         body: _httpbody_pb2.HttpBody | None = ...,
+        index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "index", b"index", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -358,13 +362,13 @@ Global___WriteResultRequest: _TypeAlias = WriteResultRequest  # noqa: Y015
 
 @_typing.final
 class DiscardResultRequest(_message.Message):
-    """Which result, by its capability."""
+    """Whose results, by their capability."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CAPABILITY_FIELD_NUMBER: _builtins.int
     capability: _builtins.str
-    """The capability that the result was written with."""
+    """The capability that the results were written with."""
     def __init__(
         self,
         *,
@@ -380,7 +384,7 @@ Global___DiscardResultRequest: _TypeAlias = DiscardResultRequest  # noqa: Y015
 
 @_typing.final
 class DiscardResultResponse(_message.Message):
-    """It is gone."""
+    """They are gone."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -156,15 +156,15 @@ class StorageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WriteResult(self, request, context):
-        """Stores the result of the capability's task and attempt as a file of the task's owner. Repeating it with
-        the same capability answers the first file. Fails with CAPABILITY_INVALID, FILE_TOO_LARGE or QUOTA_EXCEEDED.
+        """Stores a result of the capability's task and attempt as a file of the task's owner. Repeating it with the same
+        capability and index answers the first file. Fails with CAPABILITY_INVALID, FILE_TOO_LARGE or QUOTA_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DiscardResult(self, request, context):
-        """Deletes the result of the capability's task and attempt, after the task refused it.
+        """Deletes all results of the capability's task and attempt, after the task refused them.
         Deleting what is not there succeeds. Fails with CAPABILITY_INVALID or RESULT_IN_USE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -62,11 +62,11 @@ class StorageServiceStub:
     or FILE_NOT_FOUND.
     """
     WriteResult: _grpc.UnaryUnaryMultiCallable[_storage_pb2.WriteResultRequest, _storage_pb2.File]
-    """Stores the result of the capability's task and attempt as a file of the task's owner. Repeating it with
-    the same capability answers the first file. Fails with CAPABILITY_INVALID, FILE_TOO_LARGE or QUOTA_EXCEEDED.
+    """Stores a result of the capability's task and attempt as a file of the task's owner. Repeating it with the same
+    capability and index answers the first file. Fails with CAPABILITY_INVALID, FILE_TOO_LARGE or QUOTA_EXCEEDED.
     """
     DiscardResult: _grpc.UnaryUnaryMultiCallable[_storage_pb2.DiscardResultRequest, _storage_pb2.DiscardResultResponse]
-    """Deletes the result of the capability's task and attempt, after the task refused it.
+    """Deletes all results of the capability's task and attempt, after the task refused them.
     Deleting what is not there succeeds. Fails with CAPABILITY_INVALID or RESULT_IN_USE.
     """
 
@@ -103,11 +103,11 @@ class StorageServiceAsyncStub(StorageServiceStub):
     or FILE_NOT_FOUND.
     """
     WriteResult: _aio.UnaryUnaryMultiCallable[_storage_pb2.WriteResultRequest, _storage_pb2.File]  # type: ignore[assignment]
-    """Stores the result of the capability's task and attempt as a file of the task's owner. Repeating it with
-    the same capability answers the first file. Fails with CAPABILITY_INVALID, FILE_TOO_LARGE or QUOTA_EXCEEDED.
+    """Stores a result of the capability's task and attempt as a file of the task's owner. Repeating it with the same
+    capability and index answers the first file. Fails with CAPABILITY_INVALID, FILE_TOO_LARGE or QUOTA_EXCEEDED.
     """
     DiscardResult: _aio.UnaryUnaryMultiCallable[_storage_pb2.DiscardResultRequest, _storage_pb2.DiscardResultResponse]  # type: ignore[assignment]
-    """Deletes the result of the capability's task and attempt, after the task refused it.
+    """Deletes all results of the capability's task and attempt, after the task refused them.
     Deleting what is not there succeeds. Fails with CAPABILITY_INVALID or RESULT_IN_USE.
     """
 
@@ -195,8 +195,8 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _storage_pb2.WriteResultRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_storage_pb2.File, _abc.Awaitable[_storage_pb2.File]]:
-        """Stores the result of the capability's task and attempt as a file of the task's owner. Repeating it with
-        the same capability answers the first file. Fails with CAPABILITY_INVALID, FILE_TOO_LARGE or QUOTA_EXCEEDED.
+        """Stores a result of the capability's task and attempt as a file of the task's owner. Repeating it with the same
+        capability and index answers the first file. Fails with CAPABILITY_INVALID, FILE_TOO_LARGE or QUOTA_EXCEEDED.
         """
 
     @_abc_1.abstractmethod
@@ -205,7 +205,7 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _storage_pb2.DiscardResultRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_storage_pb2.DiscardResultResponse, _abc.Awaitable[_storage_pb2.DiscardResultResponse]]:
-        """Deletes the result of the capability's task and attempt, after the task refused it.
+        """Deletes all results of the capability's task and attempt, after the task refused them.
         Deleting what is not there succeeds. Fails with CAPABILITY_INVALID or RESULT_IN_USE.
         """
 

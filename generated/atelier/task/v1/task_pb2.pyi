@@ -1197,7 +1197,7 @@ class CompleteTaskRequest(_message.Message):
     """The assignment's attempt."""
     @_builtins.property
     def output_file_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What WriteResult answered."""
+        """What WriteResult answered, in the order of the results."""
 
     def __init__(
         self,
