@@ -21,15 +21,17 @@ Comments = Mapping[str, str]
 _BY_MESSAGE = {operation.__name__: operation for operation in domain.OPERATIONS}
 _KINDS: list[FieldDescriptor] = list(pb.Operation.DESCRIPTOR.oneofs_by_name["kind"].fields)
 
-_NUMBERS = {FieldDescriptor.CPPTYPE_DOUBLE: "number", FieldDescriptor.CPPTYPE_FLOAT: "number"}
-_OTHERS = {
+_TYPES = {
+    FieldDescriptor.CPPTYPE_BOOL: "boolean",
+    FieldDescriptor.CPPTYPE_DOUBLE: "number",
+    FieldDescriptor.CPPTYPE_FLOAT: "number",
     FieldDescriptor.CPPTYPE_STRING: "string",
     FieldDescriptor.CPPTYPE_ENUM: "enum",
     FieldDescriptor.CPPTYPE_MESSAGE: "object",
 }
 
 
-def operation_from(message: pb.Operation) -> domain.Operation:
+def operation_from(message: pb.Operation) -> domain.Work:
     """Return what the contract's operation asks for, with the defaults of what it leaves out.
 
     Raises:
@@ -39,7 +41,7 @@ def operation_from(message: pb.Operation) -> domain.Operation:
     if kind is None:
         raise domain.OperationUnknown("The worker does not know this operation: it is older than the task.")
     chosen = getattr(message, kind)
-    return cast("domain.Operation", _value(chosen, _BY_MESSAGE[chosen.DESCRIPTOR.name]))
+    return cast("domain.Work", _value(chosen, _BY_MESSAGE[chosen.DESCRIPTOR.name]))
 
 
 def comments(image: bytes, file: str) -> Comments:
@@ -73,8 +75,11 @@ def _value(message: Message, wanted: type[Any]) -> Any:
     for each in fields(wanted):
         if each.name in present:
             field, value = present[each.name]
+            # The type itself, or what stands in `X | None` and in `tuple[X, ...]`.
             kind = next((kind for kind in get_args(hints[each.name]) if kind is not type(None)), hints[each.name])
-            given[each.name] = _single(field, value, kind)
+            given[each.name] = (
+                tuple(_single(field, one, kind) for one in value) if field.is_repeated else _single(field, value, kind)
+            )
     return wanted(**given)
 
 
@@ -91,9 +96,10 @@ def _single(field: FieldDescriptor, value: Any, kind: type[Any]) -> Any:
 def _parameters(message: Descriptor, said: Comments, prefix: str) -> Iterator[pb.OperationDescription.Parameter]:
     for field in message.fields:
         bounds = _bounds(field)
+        several = "[]" if field.is_repeated else ""
         parameter = pb.OperationDescription.Parameter(
             name=prefix + field.json_name,
-            type=_NUMBERS.get(field.cpp_type) or _OTHERS.get(field.cpp_type, "integer"),
+            type=_TYPES.get(field.cpp_type, "integer") + several,
             description=said.get(field.full_name, ""),
             required=bounds.required,
             min=bounds.min if bounds.HasField("min") else None,
@@ -103,7 +109,7 @@ def _parameters(message: Descriptor, said: Comments, prefix: str) -> Iterator[pb
             parameter.values.extend(value.name for value in field.enum_type.values if value.number)
         yield parameter
         if field.message_type is not None:
-            yield from _parameters(field.message_type, said, prefix=f"{prefix}{field.json_name}.")
+            yield from _parameters(field.message_type, said, prefix=f"{prefix}{field.json_name}{several}.")
 
 
 def _bounds(field: FieldDescriptor) -> policy_pb2.Bounds:

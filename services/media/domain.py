@@ -6,14 +6,16 @@ fields mean and may hold is said there, once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 
-from mesh.errors import DeadlineExceeded, InvalidArgument, Unavailable
+from mesh.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Unavailable
 
-MAX_PIXELS = 100_000_000  # one worker's budget of time and memory; a full-frame camera makes 60 megapixels
-MAX_FRAMES = 500  # of an animation or a multi-page file; finding them costs time though only the first is used
+# One worker's budget of time and memory; a full-frame camera makes 60 megapixels. Of an animation all frames together.
+MAX_PIXELS = 100_000_000
+MAX_FRAMES = 500  # of an animation or a multi-page file; finding them costs time even where only the first is used
 MAX_SIDE_PX = 16_384  # as the contract's bounds of width and height
 MAX_WEBP_SIDE_PX = 16_383  # 14 bits in its header
 MAX_NAME_LENGTH = 255  # of a stored file
@@ -36,6 +38,14 @@ class ImageTooLarge(InvalidArgument):
 
 class OutputTooLarge(InvalidArgument):
     reason = "OUTPUT_TOO_LARGE"
+
+
+class TargetUnreachable(FailedPrecondition):
+    reason = "TARGET_UNREACHABLE"
+
+
+class AlreadySmallest(FailedPrecondition):
+    reason = "ALREADY_SMALLEST"
 
 
 class TextEmpty(InvalidArgument):
@@ -69,10 +79,20 @@ class Format(Enum):
     PNG = "png"
     WEBP = "webp"
     AVIF = "avif"
+    GIF = "gif"
+    PDF = "pdf"
 
     @property
     def content_type(self) -> str:
-        return f"image/{self.name.lower()}"
+        return "application/pdf" if self is Format.PDF else f"image/{self.name.lower()}"
+
+    @property
+    def holds_frames(self) -> bool:
+        return self in (Format.GIF, Format.WEBP)
+
+    @property
+    def is_opaque(self) -> bool:
+        return self in (Format.JPEG, Format.PDF)
 
 
 class Fit(Enum):
@@ -84,6 +104,7 @@ class Fit(Enum):
 class Interest(Enum):
     ATTENTION = "attention"
     ENTROPY = "entropy"
+    FACES = "faces"
 
 
 class Gravity(Enum):
@@ -101,8 +122,13 @@ class Gravity(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Operation:
-    """What all operations have; without a format the result has the input's, or is a PNG."""
+class Work:
+    """What a task may ask for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation(Work):
+    """What turns an image into another; without a format the result has the input's, or is a PNG."""
 
     format: Format | None = None
     quality: int = 80
@@ -113,11 +139,6 @@ class Resize(Operation):
     width: int | None = None
     height: int | None = None
     fit: Fit = Fit.INSIDE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Convert(Operation):
-    background: str = WHITE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +153,7 @@ class Text:
     content: str
     size_px: int | None = None
     colour: str = WHITE
+    font: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,9 +169,71 @@ class Watermark(Operation):
     gravity: Gravity = Gravity.SOUTH_EAST
     opacity: float = 0.5
     margin_px: int = 16
+    tiled: bool = False
 
 
-OPERATIONS: tuple[type[Operation], ...] = (Resize, Convert, SmartCrop, Watermark)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Convert(Work):
+    format: Format | None = None
+    quality: int = 80
+    background: str = WHITE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compress(Work):
+    max_bytes: int
+    format: Format | None = None
+    min_quality: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimise(Work):
+    min_ssim: float = 0.98
+    format: Format | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thumbnails(Work):
+    sizes: tuple[Resize, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One of a pipeline's; exactly one is set."""
+
+    resize: Resize | None = None
+    smart_crop: SmartCrop | None = None
+    watermark: Watermark | None = None
+
+    @property
+    def operation(self) -> Operation:
+        for field in fields(self):
+            found: Operation | None = getattr(self, field.name)
+            if found is not None:
+                return found
+        raise OperationUnknown("The worker does not know a step of the pipeline: it is older than the task.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline(Work):
+    """`convert`, `compress`, `optimise` and `thumbnails` are its end: one of them at most is set."""
+
+    steps: tuple[Step, ...]
+    convert: Convert | None = None
+    compress: Compress | None = None
+    optimise: Optimise | None = None
+    thumbnails: Thumbnails | None = None
+
+    @property
+    def end(self) -> Work:
+        return self.convert or self.compress or self.optimise or self.thumbnails or Convert()
+
+
+OPERATIONS: tuple[type[Work], ...] = tuple(
+    kind
+    for kind in list(globals().values())
+    if isinstance(kind, type) and issubclass(kind, Work) and kind not in (Work, Operation)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +267,52 @@ def resized(width: int, height: int, operation: Resize) -> tuple[int, int]:
     if operation.fit is Fit.INSIDE:
         scale = min(scale, 1.0)
     return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of an image, pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    def joined(self, other: Box) -> Box:
+        """Return the smallest box that holds both."""
+        left, top = min(self.left, other.left), min(self.top, other.top)
+        right = max(self.left + self.width, other.left + other.width)
+        bottom = max(self.top + self.height, other.top + other.height)
+        return Box(left, top, right - left, bottom - top)
+
+
+def covering(width: int, height: int, box_width: int, box_height: int) -> tuple[int, int]:
+    """Return the smallest sides of an image's ratio that leave nothing of a box empty; all in pixels, > 0."""
+    scale = max(box_width / width, box_height / height)
+    return max(box_width, round(width * scale)), max(box_height, round(height * scale))
+
+
+def placed_around(boxes: Sequence[Box], width: int, height: int, cut_width: int, cut_height: int) -> tuple[int, int]:
+    """Return the top left corner of a cut that keeps as many boxes as fit, those that come first before others.
+
+    Args:
+        boxes: what should be kept; at least one.
+        width: the image's, pixels.
+        height: the image's, pixels.
+        cut_width: the cut's, pixels, at most `width`.
+        cut_height: the cut's, pixels, at most `height`.
+
+    Returns:
+        (x, y), pixels.
+    """
+    kept = boxes[0]
+    for box in boxes[1:]:
+        both = kept.joined(box)
+        if both.width <= cut_width and both.height <= cut_height:
+            kept = both
+    x = kept.left + kept.width // 2 - cut_width // 2
+    y = kept.top + kept.height // 2 - cut_height // 2
+    return min(max(0, x), width - cut_width), min(max(0, y), height - cut_height)
 
 
 def placed(free_width: int, free_height: int, margin_px: int, gravity: Gravity) -> tuple[int, int]:

@@ -1,35 +1,52 @@
-"""What a media worker can do. One file an operation; `image` is what they share."""
+"""What a media worker can do. One file an operation, by its name; `image` is what they share.
+
+An operation's file has one of two functions. `run` makes an image from a picture, and may be a step of a pipeline.
+`write` makes the results of what came before, and may be a pipeline's end; `formats` says in what it may write them.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pyvips
 
 from services.media import domain
-from services.media.operations import convert, image, resize, smart_crop, watermark
+from services.media.operations import image
 
-# An operation is its dataclass and this: (input, parameters, other input files by id) to the resulting image.
-RUN: Mapping[type[domain.Operation], Callable[[image.Source, Any, Mapping[str, image.Source]], pyvips.Image]] = {
-    domain.Resize: resize.run,
-    domain.Convert: convert.run,
-    domain.SmartCrop: smart_crop.run,
-    domain.Watermark: watermark.run,
-}
+
+def _named(function: str) -> dict[type[domain.Work], Callable[..., Any]]:
+    """Return the function of this name of every operation that has it; SmartCrop is in `smart_crop.py`."""
+    files = {kind: re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower() for kind in domain.OPERATIONS}
+    modules = {kind: import_module(f"{__name__}.{file}") for kind, file in files.items() if kind is not domain.Pipeline}
+    return {kind: getattr(module, function) for kind, module in modules.items() if hasattr(module, function)}
+
+
+RUN: Mapping[type[domain.Work], Callable[[image.Picture, Any, Mapping[str, image.Source]], pyvips.Image]]
+RUN = _named("run")
+FORMATS: Mapping[type[domain.Work], Callable[[Any, image.Source], Sequence[domain.Format]]]
+FORMATS = _named("formats")
+WRITE: Mapping[
+    type[domain.Work],
+    Callable[[image.Frames, Any, image.Source, image.Place, image.Progress], Sequence[domain.Written]],
+]
+WRITE = _named("write")
 
 
 _NO_MEMORY = ("out of memory", "allocat")  # as libvips and its codecs put it
 
 
 def run(
-    operation: domain.Operation, source: Path, files: Mapping[str, Path], folder: Path, progress: image.Progress
+    work: domain.Work, source: Path, files: Mapping[str, Path], folder: Path, progress: image.Progress
 ) -> Sequence[domain.Written]:
     """Do an operation: files to files, in this thread.
 
     Args:
-        operation: what to do.
+        work: what to do.
         source: the input.
         files: what else the operation names, by file id.
         folder: where the results go, as `domain.result_path` names them.
@@ -40,18 +57,36 @@ def run(
         InputDamaged: the pixels cannot be decoded.
         ImageTooLarge: more than the bounds.
         OutputTooLarge: the result would be more than the bounds.
+        TargetUnreachable: not in so few bytes.
+        AlreadySmallest: not in fewer bytes than the input.
         TextEmpty: a watermark without anything to see.
         OutOfMemory: more was needed than this process may have.
     """
     opened = image.Source(source)
     others = {file_id: image.Source(path) for file_id, path in files.items()}
-    format_ = operation.format or opened.format
+    steps, end = _parts(work)
     try:
-        made = RUN[type(operation)](opened, operation, others)
-        return [image.write(made, format_, operation.quality, domain.result_path(folder, 0, format_), progress)]
+        formats = FORMATS[type(end)](end, opened)
+        frames = opened.frames(animated=any(format_.holds_frames for format_ in formats))
+        for step in steps:
+            frames = frames.each(partial(_done, step, others))
+        return WRITE[type(end)](frames, end, opened, partial(domain.result_path, folder), progress)
     except pyvips.Error as fault:
         if any(sign in str(fault).lower() for sign in _NO_MEMORY):
             raise domain.OutOfMemory("The image needs more memory than a worker has.") from fault
-        for path in (source, *files.values()):
-            image.require_decodable(path)  # libvips does not say whose fault it was
+        for each in (opened, *others.values()):
+            each.require_decodable()  # libvips does not say whose fault it was
         raise
+
+
+def _parts(work: domain.Work) -> tuple[Sequence[domain.Operation], domain.Work]:
+    """Return the steps of some work, and how its results are written."""
+    if isinstance(work, domain.Pipeline):
+        return [step.operation for step in work.steps], work.end
+    if isinstance(work, domain.Operation):
+        return [work], domain.Convert(format=work.format, quality=work.quality)
+    return [], work
+
+
+def _done(step: domain.Operation, files: Mapping[str, image.Source], picture: image.Picture) -> pyvips.Image:
+    return RUN[type(step)](picture, step, files)

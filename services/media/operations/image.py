@@ -5,27 +5,34 @@ Importing this module closes every loader of libvips but those named here, for t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyvips
-from pyvips import Image
+from pyvips import GValue, Image
 
 from services.media import domain
 from services.media.domain import Format, ImageTooLarge, InputUnsupported, OutputTooLarge, Written
+from services.media.operations import jpeg, pdf
 
 Progress = Callable[[float], None]
 """Takes the share that is done, 0..1."""
+Place = Callable[[int, Format], Path]
+"""Takes the index of a result, from 0, and its format; gives where it goes."""
+T = TypeVar("T")
 
-# libvips' name of a loader, as it sniffs the bytes, and what the result is written in when nobody says.
-_LOADERS = {
+# libvips' name of a loader, as it sniffs the bytes, and the format.
+_LOADERS: Mapping[str, Format | None] = {
     "VipsForeignLoadJpeg": Format.JPEG,
     "VipsForeignLoadPng": Format.PNG,
     "VipsForeignLoadWebp": Format.WEBP,
     "VipsForeignLoadHeif": Format.AVIF,
-    "VipsForeignLoadNsgif": Format.PNG,
-    "VipsForeignLoadTiff": Format.PNG,
+    "VipsForeignLoadNsgif": Format.GIF,
+    "VipsForeignLoadTiff": None,
 }
 # What libvips' ICC code turns into sRGB faithfully. Scientific TIFFs (Lab, float, complex) come out wrong: refused.
 _COLOURS = {"srgb", "rgb", "b-w", "rgb16", "grey16", "cmyk"}
@@ -33,13 +40,17 @@ _DEPTHS = {"uchar", "ushort"}
 
 _UNBOUNDED_PX = 10_000_000  # libvips' VIPS_MAX_COORD: a box that shrinks nothing
 
-_SAVE: dict[Format, dict[str, Any]] = {
+_OPTIONS: Mapping[Format, dict[str, Any]] = {
     Format.JPEG: {"optimize_coding": True},
     Format.PNG: {"compression": 6},
     Format.WEBP: {"effort": 4},
     # Effort 4, the default, takes three times as long for 3 % less.
     Format.AVIF: {"compression": "av1", "effort": 2},
+    Format.GIF: {"keep_duplicate_frames": True},
 }
+_WITHOUT_QUALITY = {Format.PNG, Format.GIF}
+
+_SAME_COLOUR = 2  # of 255: less than two encodings of one JPEG differ by
 
 pyvips.block_untrusted_set(True)
 pyvips.operation_block_set("VipsForeignLoad", True)
@@ -49,37 +60,19 @@ pyvips.cache_set_max(0)  # inputs of different tasks may stand under one path af
 pyvips.concurrency_set(2)  # the slots of a worker use the other cores
 
 
-class Source:
-    """An image file whose header was read and found acceptable; no pixel is decoded yet.
+class Picture(ABC):
+    """One image, or one frame of an animation: what an operation's function is given.
 
-    `width` and `height` are those of the upright image, pixels. `format` is its own, as far as that can be written.
+    `width` and `height` are those of the upright image, pixels.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Read the header.
+    width: int
+    height: int
 
-        Raises:
-            InputUnsupported: not an image of a kind that is taken.
-            InputDamaged: of such a kind, but its header makes no sense.
-            ImageTooLarge: more pixels or frames than the bounds.
-        """
-        self._path = str(path)
-        loader = _sniffed(self._path)
-        if loader is None:
-            raise InputUnsupported("The file is not a JPEG, PNG, WebP, AVIF, GIF or TIFF image.")
-        try:
-            header = pyvips.Image.new_from_file(self._path, access="sequential")
-        except pyvips.Error as fault:
-            raise damaged() from fault
-        _require_acceptable(header)
-        self.format = _LOADERS[loader]
-        # `thumbnail` itself brings CMYK to sRGB, with or without a profile.
-        self._profiled = bool(header.get_typeof("icc-profile-data")) and header.interpretation != "cmyk"
-        on_its_side = 5 <= _field(header, "orientation", 1) <= 8  # EXIF 2.32, 4.6.5.1.6
-        self.width, self.height = (
-            (header.height, header.width) if on_its_side else (header.width, header.height)
-        )  # fmt: skip
+    def __init__(self) -> None:
+        self._common: list[Any] = []
 
+    @abstractmethod
     def pixels(
         self, width: int = _UNBOUNDED_PX, height: int = _UNBOUNDED_PX, *, size: str = "down", crop: str = "none"
     ) -> Image:
@@ -93,33 +86,221 @@ class Source:
             size: libvips' VipsSize: `down` never enlarges, `both` may, `force` gives up the ratio.
             crop: libvips' VipsInteresting: what is kept where the box is filled; `none` fills nothing.
         """
-        image = pyvips.Image.thumbnail(self._path, width, height=height, size=size, crop=crop, fail_on="error")
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Return what `work` gave for an animation's first frame: for what all its frames must have in common."""
+        if not self._common:
+            self._common.append(work())
+        return self._common[0]  # type: ignore[no-any-return]
+
+    def stream(self) -> tuple[bytes, int] | None:
+        """Return the JPEG stream of the file, without metadata, and its bands, if that alone is this picture."""
+        return None
+
+
+class Made(Picture):
+    """What an operation made, or a frame of an animation: upright, sRGB."""
+
+    def __init__(self, image: Image) -> None:
+        super().__init__()
+        self.width, self.height = image.width, image.height
+        self._image = image
+
+    def pixels(
+        self, width: int = _UNBOUNDED_PX, height: int = _UNBOUNDED_PX, *, size: str = "down", crop: str = "none"
+    ) -> Image:
+        if (width, height) in ((_UNBOUNDED_PX, _UNBOUNDED_PX), (self.width, self.height)):
+            return self._image
+        return self._image.thumbnail_image(width, height=height, size=size, crop=crop)
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """One picture, or those of an animation, with what libvips calls `delay` (milliseconds each) and `loop`."""
+
+    pictures: Sequence[Picture]
+    delay: Sequence[int] = ()
+    loop: int = 0
+    are_the_input: bool = True
+
+    def each(self, work: Callable[[Picture], Image]) -> Frames:
+        """Return what `work` makes of every frame."""
+        common: list[Any] = []
+        for picture in self.pictures:
+            picture._common = common  # noqa: SLF001 - Picture.once is of this step
+        return Frames([Made(work(picture)) for picture in self.pictures], self.delay, self.loop, are_the_input=False)
+
+    def pixels(self, format_: Format) -> Image:
+        """Return what is to be written: the picture, or all frames one below the other where the format holds them.
+
+        Raises:
+            OutputTooLarge: a side is longer than the format or the bounds allow, or there are too many pixels in all.
+        """
+        images = [picture.pixels() for picture in (self.pictures if format_.holds_frames else self.pictures[:1])]
+        first = images[0]
+        _require_writable(first, len(images), format_)
+        if len(images) == 1:
+            return first
+        if any(image.hasalpha() for image in images):
+            images = [image if image.hasalpha() else image.addalpha() for image in images]
+        roll = Image.arrayjoin(images, across=1).copy()
+        roll.set_type(GValue.gint_type, "page-height", first.height)
+        roll.set_type(GValue.array_int_type, "delay", list(self.delay))
+        roll.set_type(GValue.gint_type, "loop", self.loop)
+        return roll
+
+
+class Source(Picture):
+    """An image file whose header was read and found acceptable; no pixel is decoded yet.
+
+    `own_format` is None where that cannot be written; then `format`, what a result has when nobody says, is PNG.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            InputUnsupported: not an image of a kind that is taken.
+            InputDamaged: of such a kind, but its header makes no sense.
+            ImageTooLarge: more pixels or frames than the bounds.
+        """
+        super().__init__()
+        self.path = path
+        loader = _sniffed(path)
+        if loader is None:
+            raise InputUnsupported("The file is not a JPEG, PNG, WebP, AVIF, GIF or TIFF image.")
+        try:
+            header = Image.new_from_file(str(path), access="sequential")
+        except pyvips.Error as fault:
+            raise damaged() from fault
+        _require_acceptable(header)
+        self.own_format = _LOADERS[loader]
+        self.format = self.own_format or Format.PNG
+        self._frame_count = _field(header, "n-pages", 1) if self.format.holds_frames else 1
+        # `thumbnail` itself brings CMYK to sRGB, with or without a profile.
+        self._profiled = (
+            bool(header.get_typeof("icc-profile-data"))
+            and header.interpretation != "cmyk"
+            and not (header.bands >= 3 and _is_srgb(bytes(header.get("icc-profile-data"))))
+        )
+        orientation = _field(header, "orientation", 1)  # EXIF 2.32, 4.6.5.1.6
+        on_its_side = 5 <= orientation <= 8
+        self.width, self.height = (
+            (header.height, header.width) if on_its_side else (header.width, header.height)
+        )  # fmt: skip
+        self._is_plain_jpeg = (
+            loader == "VipsForeignLoadJpeg"
+            and orientation == 1
+            and not self._profiled
+            and header.interpretation in ("srgb", "b-w")
+        )
+
+    def pixels(
+        self, width: int = _UNBOUNDED_PX, height: int = _UNBOUNDED_PX, *, size: str = "down", crop: str = "none"
+    ) -> Image:
+        image = Image.thumbnail(str(self.path), width, height=height, size=size, crop=crop, fail_on="error")
+        return self._in_srgb(image)
+
+    @property
+    def is_animated(self) -> bool:
+        return self._frame_count > 1
+
+    def frames(self, *, animated: bool) -> Frames:
+        """Return the image to work on; all its frames if it is an animation and they are wanted, decoded at once.
+
+        Raises:
+            ImageTooLarge: its frames together are more than the bounds.
+            pyvips.Error: they cannot be decoded.
+        """
+        if not (animated and self.is_animated):
+            return Frames([self])
+        _require_budget(self.width, self.height, self._frame_count)
+        roll = Image.new_from_file(str(self.path), n=-1, access="sequential", fail_on="error")
+        roll = self._in_srgb(roll).copy_memory()
+        # What a decoder finds may be less than what its header promised.
+        tops = range(0, roll.height - self.height + 1, self.height)
+        return Frames(
+            [Made(roll.crop(0, top, self.width, self.height)) for top in tops],
+            _field(roll, "delay", [100] * len(tops))[: len(tops)],
+            _field(roll, "loop", 0),
+        )
+
+    def stream(self) -> tuple[bytes, int] | None:
+        if not self._is_plain_jpeg:
+            return None
+        bare = jpeg.bare(self.path.read_bytes())
+        if bare is None or not _is_flawless(bare) or _is_flawless(bare[:-3] + jpeg.END):
+            return None  # its last byte is no part of the picture: who knows what is before it
+        return bare, Image.new_from_buffer(bare, "", access="sequential").bands
+
+    def require_decodable(self) -> None:
+        """Decode every pixel and keep none.
+
+        Raises:
+            InputDamaged: that cannot be done.
+        """
+        options = {"n": -1} if self.is_animated else {}
+        try:
+            Image.new_from_file(str(self.path), access="sequential", fail_on="error", **options).avg()
+        except pyvips.Error as fault:
+            raise damaged() from fault
+
+    def _in_srgb(self, image: Image) -> Image:
         if self._profiled:
             # Not left to `thumbnail`, which goes by way of floating-point Lab and takes ten times as long.
             image = image.icc_transform("srgb", embedded=True, input_profile="srgb")
         return image.colourspace("srgb")
 
 
-def write(image: Image, format_: Format, quality: int, output: Path, progress: Progress) -> Written:
+def _is_flawless(stream: bytes) -> bool:
+    """Tell whether a decoder finds nothing odd in a JPEG, bytes between its scans included."""
+    try:
+        Image.new_from_buffer(stream, "", access="sequential", fail_on="warning").avg()
+    except pyvips.Error:
+        return False
+    return True
+
+
+def write(image: Image, format_: Format, quality: int, place: Path, progress: Progress) -> Written:
     """Compute an image and write it, with an sRGB profile and no other metadata.
 
+    Args:
+        image: as `Frames.pixels` returns it.
+        format_: how to write it.
+        quality: 1..100, where the format has one.
+        place: the file.
+        progress: is told how far it is, often.
+
     Raises:
-        OutputTooLarge: a side is longer than the format or the bounds allow.
         pyvips.Error: the pixels could not be computed; the input may be damaged.
     """
-    most = domain.MAX_WEBP_SIDE_PX if format_ is Format.WEBP else domain.MAX_SIDE_PX
-    if max(image.width, image.height) > most:
-        raise OutputTooLarge(
-            f"The result would be {image.width} × {image.height} pixels; {format_.name} takes {most} a side at most.",
-            metadata={"width": str(image.width), "height": str(image.height), "max": str(most), "format": format_.name},
-        )
-    if format_ is Format.JPEG:
-        image = flattened(image, domain.WHITE)
     image.set_progress(True)
     image.signal_connect("eval", lambda _image, state: progress(state.percent / 100))
-    options = _SAVE[format_] if format_ is Format.PNG else {**_SAVE[format_], "Q": quality}
-    image.write_to_file(str(output), **options, keep="icc", profile="srgb")
-    return Written(output, format_, image.width, image.height)
+    if format_ is Format.PDF:
+        place.write_bytes(encoded(image, format_, {"Q": quality}))
+    else:
+        options = _OPTIONS[format_] if format_ in _WITHOUT_QUALITY else {**_OPTIONS[format_], "Q": quality}
+        image.write_to_file(str(place), **options, keep="icc", profile="srgb")
+    return written(image, format_, place)
+
+
+def encoded(image: Image, format_: Format, options: Mapping[str, Any]) -> bytes:
+    """Return an image as a file without any metadata: sRGB is what a reader takes it for."""
+    if format_ is Format.PDF:
+        stream = image.write_to_buffer(".jpg", **_OPTIONS[Format.JPEG], **options, keep="none")
+        return pdf.page(stream, image.width, image.height, image.bands)
+    return bytes(image.write_to_buffer(f".{format_.value}", **{**_OPTIONS[format_], **options}, keep="none"))
+
+
+def decoded(file: bytes, format_: Format) -> Image:
+    """Return what `encoded` made, as it will be seen; the pixels stream."""
+    options = {"n": -1} if format_.holds_frames else {}
+    return Image.new_from_buffer(file, "", access="sequential", **options).colourspace("srgb")
+
+
+def written(image: Image, format_: Format, place: Path) -> Written:
+    """Return what the file at `place` is, into which `image` was written."""
+    return Written(place, format_, image.width, _field(image, "page-height", image.height))
 
 
 def flattened(image: Image, background: str) -> Image:
@@ -136,20 +317,8 @@ def damaged() -> domain.InputDamaged:
     return domain.InputDamaged("The image is damaged or incomplete.")
 
 
-def require_decodable(path: Path) -> None:
-    """Decode every pixel of an image and keep none.
-
-    Raises:
-        InputDamaged: that cannot be done.
-    """
-    try:
-        pyvips.Image.new_from_file(str(path), access="sequential", fail_on="error").avg()
-    except pyvips.Error as fault:
-        raise damaged() from fault
-
-
-def _sniffed(path: str) -> str | None:
-    name = pyvips.vips_lib.vips_foreign_find_load(path.encode())
+def _sniffed(path: Path) -> str | None:
+    name = pyvips.vips_lib.vips_foreign_find_load(str(path).encode())
     if name == pyvips.ffi.NULL:
         pyvips.vips_lib.vips_error_clear()
         return None
@@ -157,11 +326,7 @@ def _sniffed(path: str) -> str | None:
 
 
 def _require_acceptable(header: Image) -> None:
-    if header.width * header.height > domain.MAX_PIXELS:
-        raise ImageTooLarge(
-            f"The image has {header.width} × {header.height} pixels; {domain.MAX_PIXELS} in all are the most.",
-            metadata={"width": str(header.width), "height": str(header.height), "max_pixels": str(domain.MAX_PIXELS)},
-        )
+    _require_budget(header.width, header.height, 1)
     if (frames := _field(header, "n-pages", 1)) > domain.MAX_FRAMES:
         raise ImageTooLarge(
             f"The image has {frames} frames; {domain.MAX_FRAMES} are the most.",
@@ -173,6 +338,47 @@ def _require_acceptable(header: Image) -> None:
         )
     if _field(header, "heif-compression", "av1") != "av1":
         raise InputUnsupported("HEIC images are not supported: save the picture as JPEG or AVIF.")
+
+
+def _require_budget(width: int, height: int, frames: int) -> None:
+    if width * height * frames > domain.MAX_PIXELS:
+        times = "" if frames == 1 else f" × {frames} frames"
+        raise ImageTooLarge(
+            f"The image has {width} × {height}{times} pixels; {domain.MAX_PIXELS} in all are the most.",
+            metadata={
+                "width": str(width), "height": str(height), "frames": str(frames), "max_pixels": str(domain.MAX_PIXELS)
+            },
+        )  # fmt: skip
+
+
+def _require_writable(image: Image, frames: int, format_: Format) -> None:
+    most = domain.MAX_WEBP_SIDE_PX if format_ is Format.WEBP else domain.MAX_SIDE_PX
+    metadata = {"width": str(image.width), "height": str(image.height), "format": format_.name}
+    if max(image.width, image.height) > most:
+        raise OutputTooLarge(
+            f"The result would be {image.width} × {image.height} pixels; {format_.name} takes {most} a side at most.",
+            metadata={**metadata, "max": str(most)},
+        )
+    if frames > 1 and image.width * image.height * frames > domain.MAX_PIXELS:
+        raise OutputTooLarge(
+            f"The result would be {image.width} × {image.height} × {frames} frames pixels; {domain.MAX_PIXELS} in all "
+            "are the most.",
+            metadata={**metadata, "frames": str(frames), "max_pixels": str(domain.MAX_PIXELS)},
+        )
+
+
+@lru_cache(maxsize=64)  # cameras are fewer than photographs
+def _is_srgb(profile: bytes) -> bool:
+    """Tell whether a profile leaves colours as they are, as that of most cameras does: then nothing need be done."""
+    # 16 x 16 x 16 colours, in a square of 64 pixels a side.
+    number = Image.xyz(64, 64)[1] * 64 + Image.xyz(64, 64)[0]
+    bands = [number % 16, (number / 16).floor() % 16, (number / 256).floor()]
+    cube = (bands[0].bandjoin(bands[1:]) * 17).cast("uchar").copy(interpretation="srgb").copy_memory()
+    cube.set_type(GValue.blob_type, "icc-profile-data", profile)
+    try:
+        return bool((cube.icc_transform("srgb", embedded=True) - cube).abs().max() <= _SAME_COLOUR)
+    except pyvips.Error:  # it makes no sense
+        return False
 
 
 def _field(header: Image, name: str, default: Any) -> Any:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pyvips import Image
 
 from services.media.domain import Fit, Resize, resized
-from services.media.operations.image import Source
+from services.media.operations.image import Picture, Source
 
 
-def run(source: Source, operation: Resize, _files: Mapping[str, Source]) -> Image:
-    width, height = resized(source.width, source.height, operation)
+def run(picture: Picture, operation: Resize, _files: Mapping[str, Source]) -> Image:
+    width, height = resized(picture.width, picture.height, operation)
     if operation.fit is Fit.FILL:
-        return source.pixels(width, height, size="both", crop="centre")
-    return source.pixels(width, height, size="force")  # the ratio is kept by `resized`, but for the rounding
+        return picture.pixels(width, height, size="both", crop="centre")
+    return picture.pixels(width, height, size="force")  # the ratio is kept by `resized`, but for the rounding

@@ -9,15 +9,26 @@ from math import isqrt
 import pyvips
 
 from services.media.domain import Image, Text, TextEmpty, Watermark, placed
-from services.media.operations.image import Source, rgb
+from services.media.operations.image import Picture, Source, rgb
 
 # Noto has most scripts, Droid Sans Fallback Chinese, Japanese and Korean; `scripts/up` installs both.
 FONTS = "Noto Sans, Droid Sans Fallback, DejaVu Sans, sans"
 MIN_LETTER_PX = 12
 
 
-def run(source: Source, operation: Watermark, files: Mapping[str, Source]) -> pyvips.Image:
-    base = source.pixels()
+def run(picture: Picture, operation: Watermark, files: Mapping[str, Source]) -> pyvips.Image:
+    base = picture.pixels()
+    mark = picture.once(lambda: _mark(base, operation, files))
+    if operation.tiled:
+        x, y = 0, 0
+    else:
+        x, y = placed(base.width - mark.width, base.height - mark.height, operation.margin_px, operation.gravity)
+    marked = base.composite2(mark, "over", x=x, y=y, compositing_space="srgb")
+    return (marked if base.hasalpha() else marked[:3]).cast("uchar")
+
+
+def _mark(base: pyvips.Image, operation: Watermark, files: Mapping[str, Source]) -> pyvips.Image:
+    """Return what is laid upon an image, with its transparency."""
     room = (max(1, base.width - 2 * operation.margin_px), max(1, base.height - 2 * operation.margin_px))
     if operation.text is not None:
         mark = _text(operation.text, base.height, *room)
@@ -27,9 +38,13 @@ def run(source: Source, operation: Watermark, files: Mapping[str, Source]) -> py
         raise TextEmpty("A watermark needs a text or an image.")
     opacity = mark[3] * operation.opacity
     mark = mark[:3].bandjoin(opacity.cast("uchar")).copy_memory()  # small; the base streams past it
-    x, y = placed(base.width - mark.width, base.height - mark.height, operation.margin_px, operation.gravity)
-    marked = base.composite2(mark, "over", x=x, y=y, compositing_space="srgb")
-    return (marked if base.hasalpha() else marked[:3]).cast("uchar")
+    return _tiled(mark, base.width, base.height, operation.margin_px) if operation.tiled else mark
+
+
+def _tiled(mark: pyvips.Image, width: int, height: int, margin_px: int) -> pyvips.Image:
+    across, down = min(width, mark.width + margin_px), min(height, mark.height + margin_px)
+    tile = mark.embed((across - mark.width) // 2, (down - mark.height) // 2, across, down).copy_memory()
+    return tile.replicate(-(-width // across), -(-height // down)).crop(0, 0, width, height)
 
 
 def _text(text: Text, image_height: int, room_width: int, room_height: int) -> pyvips.Image:
@@ -39,9 +54,10 @@ def _text(text: Text, image_height: int, room_width: int, room_height: int) -> p
     wanted_px = text.size_px or max(MIN_LETTER_PX, image_height // 20)
     # A letter takes about a square: what cannot fit into the room is not laid out larger only to be shrunk again.
     letter_px = max(1, min(wanted_px, isqrt(room_width * room_height // len(content))))
+    families = f"{text.font}, {FONTS}" if text.font else FONTS
     # At 72 dpi a point is a pixel. Pango takes markup: a text must not become some.
     mask = pyvips.Image.text(
-        escape(content, quote=False), font=f"{FONTS} {letter_px}", dpi=72, width=room_width, wrap="word-char"
+        escape(content, quote=False), font=f"{families} {letter_px}", dpi=72, width=room_width, wrap="word-char"
     )
     mask = _inside(mask, room_width, room_height)
     return mask.new_from_image(rgb(text.colour)).copy(interpretation="srgb").bandjoin(mask)

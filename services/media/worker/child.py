@@ -21,13 +21,13 @@ from typing import Any
 
 from mesh.errors import MeshError
 from services.media import operations
-from services.media.domain import Operation, OutOfMemory
+from services.media.domain import OutOfMemory, Work
 
 PROGRESS_SECONDS = 0.1
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NICE = 5  # the event loops that keep leases and answer health checks come first
 
-Job = tuple[Operation, Path, dict[str, Path], Path]
+Job = tuple[Work, Path, dict[str, Path], Path]
 """Operation, input, other files by id, folder of the results. It comes with the seconds it may take."""
 Answer = Callable[[dict[str, Any]], None]
 

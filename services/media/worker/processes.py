@@ -21,9 +21,9 @@ from services.media.config import WorkerConfig
 from services.media.domain import (
     MAX_RESULTS,
     Format,
-    Operation,
     OutOfMemory,
     TimeLimitExceeded,
+    Work,
     WorkerCrashed,
     Written,
     result_path,
@@ -69,7 +69,7 @@ class Slot:
         return self._process
 
     async def run(
-        self, operation: Operation, source: Path, files: dict[str, Path], folder: Path, told: Callable[[float], None]
+        self, operation: Work, source: Path, files: dict[str, Path], folder: Path, told: Callable[[float], None]
     ) -> Sequence[Written]:
         """Do an operation in the child. Cancelling kills the child at once; the next job gets a new one.
 

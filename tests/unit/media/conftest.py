@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -32,20 +35,48 @@ def coffee(photos: Path) -> Path:
     return photos / "coffee.png"  # 600 × 400, RGB
 
 
+IN_CLOSE_NOWRITE, IN_OPEN, INOTIFY_EVENT_BYTES = 0x10, 0x20, 16
+
 Run = Callable[..., tuple[Image.Image, domain.Written]]
+RunAll = Callable[..., list[tuple[Image.Image, domain.Written]]]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run_all(tmp_path: Path) -> RunAll:
+    """Do an operation and open everything that it wrote."""
+
+    def done(
+        work: domain.Work, source: Path, files: dict[str, Path] | None = None
+    ) -> list[tuple[Image.Image, domain.Written]]:
+        results = operations.run(work, source, files or {}, tmp_path, lambda _share: None)
+        return [(Image.open(io.BytesIO(written.path.read_bytes())), written) for written in results]
+
+    return done
+
+
+@pytest.fixture
+def run(run_all: RunAll) -> Run:
     """Do an operation and open what it wrote."""
 
     def done(
-        operation: domain.Operation, source: Path, files: dict[str, Path] | None = None
+        work: domain.Work, source: Path, files: dict[str, Path] | None = None
     ) -> tuple[Image.Image, domain.Written]:
-        (written,) = operations.run(operation, source, files or {}, tmp_path, lambda _share: None)
-        return Image.open(written.path), written
+        (result,) = run_all(work, source, files)
+        return result
 
     return done
+
+
+def opened_and_closed(path: Path, work: Callable[[], object]) -> int:
+    """Return how often a file is opened and closed during some work, as the kernel tells (inotify(7))."""
+    libc = ctypes.CDLL(None)
+    watch = libc.inotify_init1(os.O_NONBLOCK)
+    try:
+        assert libc.inotify_add_watch(watch, os.fsencode(path), IN_CLOSE_NOWRITE | IN_OPEN) > 0
+        work()
+        return len(os.read(watch, 65536)) // INOTIFY_EVENT_BYTES
+    finally:
+        os.close(watch)
 
 
 def huge_png(path: Path, side: int) -> Path:

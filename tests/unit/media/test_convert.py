@@ -14,7 +14,8 @@ CONTRACT = {kind.message_type.name: kind.message_type for kind in media_pb2.Oper
 
 def test_every_operation_of_the_contract_has_a_dataclass_and_a_function():
     assert {each.__name__ for each in domain.OPERATIONS} == set(CONTRACT)
-    assert set(operations.RUN) == set(domain.OPERATIONS)
+    assert {*operations.RUN, *operations.WRITE, domain.Pipeline} == set(domain.OPERATIONS)
+    assert set(operations.FORMATS) == set(operations.WRITE)
 
 
 @pytest.mark.parametrize("operation", domain.OPERATIONS, ids=lambda each: each.__name__)
@@ -92,10 +93,13 @@ def test_operations_are_described_by_the_contract_and_its_comments():
 
     described = {each.name: each for each in convert.descriptions(said)}
 
-    assert list(described) == ["convert", "resize", "smartCrop", "watermark"]
+    assert set(described) == {kind.json_name for kind in media_pb2.Operation.DESCRIPTOR.fields}
     assert described["convert"].description == "Changes the file format."
     parameters = {each.name: each for each in described["watermark"].parameters}
     assert parameters["text.content"].required
     assert (parameters["opacity"].type, parameters["opacity"].min, parameters["opacity"].max) == ("number", 0, 1)
     assert parameters["gravity"].values[0] == "GRAVITY_CENTRE"
+    assert parameters["tiled"].type == "boolean"
+    steps = {each.name: each for each in described["pipeline"].parameters}
+    assert (steps["steps"].type, steps["steps[].resize.width"].type) == ("object[]", "integer")
     assert all(parameter.description for each in described.values() for parameter in each.parameters)

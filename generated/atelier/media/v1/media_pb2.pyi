@@ -37,6 +37,10 @@ class _FormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Format.ValueTy
     """WebP."""
     FORMAT_AVIF: _Format.ValueType  # 4
     """AVIF."""
+    FORMAT_GIF: _Format.ValueType  # 5
+    """GIF."""
+    FORMAT_PDF: _Format.ValueType  # 6
+    """A PDF with the image as its one page; the picture of an upright sRGB JPEG goes in as it is, without loss."""
 
 class Format(_Format, metaclass=_FormatEnumTypeWrapper):
     """File formats that can be written."""
@@ -51,12 +55,17 @@ FORMAT_WEBP: Format.ValueType  # 3
 """WebP."""
 FORMAT_AVIF: Format.ValueType  # 4
 """AVIF."""
+FORMAT_GIF: Format.ValueType  # 5
+"""GIF."""
+FORMAT_PDF: Format.ValueType  # 6
+"""A PDF with the image as its one page; the picture of an upright sRGB JPEG goes in as it is, without loss."""
 Global___Format: _TypeAlias = Format  # noqa: Y015
 
 @_typing.final
 class Operation(_message.Message):
     """One piece of work on one image. Orientation (EXIF) and colour profile of the input are
-    honoured: the result is upright and sRGB.
+    honoured: the result is upright and sRGB. An animation (GIF, WebP) keeps its frames, their times and its loop where
+    the result is GIF or WebP; otherwise its first frame is used. A task has a result for each file that is made.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -65,6 +74,10 @@ class Operation(_message.Message):
     CONVERT_FIELD_NUMBER: _builtins.int
     SMART_CROP_FIELD_NUMBER: _builtins.int
     WATERMARK_FIELD_NUMBER: _builtins.int
+    COMPRESS_FIELD_NUMBER: _builtins.int
+    OPTIMISE_FIELD_NUMBER: _builtins.int
+    THUMBNAILS_FIELD_NUMBER: _builtins.int
+    PIPELINE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def resize(self) -> Global___Resize:
         """Changes the size in pixels."""
@@ -81,6 +94,22 @@ class Operation(_message.Message):
     def watermark(self) -> Global___Watermark:
         """Puts a text or an image on top."""
 
+    @_builtins.property
+    def compress(self) -> Global___Compress:
+        """Makes a file of at most so many bytes."""
+
+    @_builtins.property
+    def optimise(self) -> Global___Optimise:
+        """Makes the smallest file that looks the same."""
+
+    @_builtins.property
+    def thumbnails(self) -> Global___Thumbnails:
+        """Makes several sizes, a result each, in order."""
+
+    @_builtins.property
+    def pipeline(self) -> Global___Pipeline:
+        """Does several operations one after the other, decoding and encoding once."""
+
     def __init__(
         self,
         *,
@@ -88,12 +117,16 @@ class Operation(_message.Message):
         convert: Global___Convert | None = ...,
         smart_crop: Global___SmartCrop | None = ...,
         watermark: Global___Watermark | None = ...,
+        compress: Global___Compress | None = ...,
+        optimise: Global___Optimise | None = ...,
+        thumbnails: Global___Thumbnails | None = ...,
+        pipeline: Global___Pipeline | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["convert", b"convert", "kind", b"kind", "resize", b"resize", "smart_crop", b"smart_crop", "watermark", b"watermark"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "convert", b"convert", "kind", b"kind", "optimise", b"optimise", "pipeline", b"pipeline", "resize", b"resize", "smart_crop", b"smart_crop", "thumbnails", b"thumbnails", "watermark", b"watermark"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["convert", b"convert", "kind", b"kind", "resize", b"resize", "smart_crop", b"smart_crop", "watermark", b"watermark"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "convert", b"convert", "kind", b"kind", "optimise", b"optimise", "pipeline", b"pipeline", "resize", b"resize", "smart_crop", b"smart_crop", "thumbnails", b"thumbnails", "watermark", b"watermark"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["resize", "convert", "smart_crop", "watermark"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["resize", "convert", "smart_crop", "watermark", "compress", "optimise", "thumbnails", "pipeline"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -208,6 +241,184 @@ class Convert(_message.Message):
 Global___Convert: _TypeAlias = Convert  # noqa: Y015
 
 @_typing.final
+class Compress(_message.Message):
+    """Makes a file of at most so many bytes: in the best quality that fits. Fails with TARGET_UNREACHABLE, which says what
+    the smallest would be.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    MIN_QUALITY_FIELD_NUMBER: _builtins.int
+    max_bytes: _builtins.int
+    """Largest size of the result, bytes."""
+    format: Global___Format.ValueType
+    """Default: the input's format, or PNG where that cannot be written. PNG and GIF have fewer colours where they must."""
+    min_quality: _builtins.int
+    """Lowest quality that will do, 1..100, for formats that have one; default 1."""
+    def __init__(
+        self,
+        *,
+        max_bytes: _builtins.int = ...,
+        format: Global___Format.ValueType = ...,
+        min_quality: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_quality", b"_min_quality", "min_quality", b"min_quality"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_quality", b"_min_quality", "format", b"format", "max_bytes", b"max_bytes", "min_quality", b"min_quality"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__min_quality: _TypeAlias = _typing.Literal["min_quality"]  # noqa: Y015
+    _WhichOneofArgType__min_quality: _TypeAlias = _typing.Literal["_min_quality", b"_min_quality"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_quality) -> _WhichOneofReturnType__min_quality | None: ...
+
+Global___Compress: _TypeAlias = Compress  # noqa: Y015
+
+@_typing.final
+class Optimise(_message.Message):
+    """Makes the smallest file that looks the same. In the input's own format never a larger one: fails with
+    ALREADY_SMALLEST where that cannot be.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_SSIM_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    min_ssim: _builtins.float
+    """How alike the result is at least: mean structural similarity of the luminance (SSIM; Wang, Bovik, Sheikh and
+    Simoncelli 2004), 0.5..1; default 0.98.
+    """
+    format: Global___Format.ValueType
+    """Default: whichever of JPEG, PNG, WebP and AVIF is smallest; of an animation GIF or WebP."""
+    def __init__(
+        self,
+        *,
+        min_ssim: _builtins.float | None = ...,
+        format: Global___Format.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_ssim", b"_min_ssim", "min_ssim", b"min_ssim"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_ssim", b"_min_ssim", "format", b"format", "min_ssim", b"min_ssim"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__min_ssim: _TypeAlias = _typing.Literal["min_ssim"]  # noqa: Y015
+    _WhichOneofArgType__min_ssim: _TypeAlias = _typing.Literal["_min_ssim", b"_min_ssim"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_ssim) -> _WhichOneofReturnType__min_ssim | None: ...
+
+Global___Optimise: _TypeAlias = Optimise  # noqa: Y015
+
+@_typing.final
+class Thumbnails(_message.Message):
+    """Makes several sizes from one decoding, a result each, in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Resize]:
+        """Each with its own format and quality."""
+
+    def __init__(
+        self,
+        *,
+        sizes: _abc.Iterable[Global___Resize] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Thumbnails: _TypeAlias = Thumbnails  # noqa: Y015
+
+@_typing.final
+class Pipeline(_message.Message):
+    """Does several operations one after the other, decoding and encoding once. What comes last says in which format and
+    quality; what the steps say of that is passed over.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Step(_message.Message):
+        """One operation of several, numbered as in Operation."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        RESIZE_FIELD_NUMBER: _builtins.int
+        SMART_CROP_FIELD_NUMBER: _builtins.int
+        WATERMARK_FIELD_NUMBER: _builtins.int
+        @_builtins.property
+        def resize(self) -> Global___Resize:
+            """Changes the size in pixels."""
+
+        @_builtins.property
+        def smart_crop(self) -> Global___SmartCrop:
+            """Cuts to a size, keeping what people look at."""
+
+        @_builtins.property
+        def watermark(self) -> Global___Watermark:
+            """Puts a text or an image on top."""
+
+        def __init__(
+            self,
+            *,
+            resize: Global___Resize | None = ...,
+            smart_crop: Global___SmartCrop | None = ...,
+            watermark: Global___Watermark | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "resize", b"resize", "smart_crop", b"smart_crop", "watermark", b"watermark"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "resize", b"resize", "smart_crop", b"smart_crop", "watermark", b"watermark"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["resize", "smart_crop", "watermark"]  # noqa: Y015
+        _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    CONVERT_FIELD_NUMBER: _builtins.int
+    COMPRESS_FIELD_NUMBER: _builtins.int
+    OPTIMISE_FIELD_NUMBER: _builtins.int
+    THUMBNAILS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pipeline.Step]:
+        """In this order."""
+
+    @_builtins.property
+    def convert(self) -> Global___Convert:
+        """In this format and quality."""
+
+    @_builtins.property
+    def compress(self) -> Global___Compress:
+        """With at most so many bytes."""
+
+    @_builtins.property
+    def optimise(self) -> Global___Optimise:
+        """As small as can be."""
+
+    @_builtins.property
+    def thumbnails(self) -> Global___Thumbnails:
+        """In several sizes."""
+
+    def __init__(
+        self,
+        *,
+        steps: _abc.Iterable[Global___Pipeline.Step] | None = ...,
+        convert: Global___Convert | None = ...,
+        compress: Global___Compress | None = ...,
+        optimise: Global___Optimise | None = ...,
+        thumbnails: Global___Thumbnails | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "convert", b"convert", "end", b"end", "optimise", b"optimise", "thumbnails", b"thumbnails"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "convert", b"convert", "end", b"end", "optimise", b"optimise", "steps", b"steps", "thumbnails", b"thumbnails"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_end: _TypeAlias = _typing.Literal["convert", "compress", "optimise", "thumbnails"]  # noqa: Y015
+    _WhichOneofArgType_end: _TypeAlias = _typing.Literal["end", b"end"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_end) -> _WhichOneofReturnType_end | None: ...
+
+Global___Pipeline: _TypeAlias = Pipeline  # noqa: Y015
+
+@_typing.final
 class SmartCrop(_message.Message):
     """Cuts to a size, keeping what people look at."""
 
@@ -225,6 +436,8 @@ class SmartCrop(_message.Message):
         """Skin tones, saturated colours and edges."""
         INTEREST_ENTROPY: SmartCrop._Interest.ValueType  # 2
         """Much detail."""
+        INTEREST_FACES: SmartCrop._Interest.ValueType  # 3
+        """Faces; as INTEREST_ATTENTION where there are none, or the installation has no detector."""
 
     class Interest(_Interest, metaclass=_InterestEnumTypeWrapper):
         """What counts as interesting."""
@@ -235,6 +448,8 @@ class SmartCrop(_message.Message):
     """Skin tones, saturated colours and edges."""
     INTEREST_ENTROPY: SmartCrop.Interest.ValueType  # 2
     """Much detail."""
+    INTEREST_FACES: SmartCrop.Interest.ValueType  # 3
+    """Faces; as INTEREST_ATTENTION where there are none, or the installation has no detector."""
 
     WIDTH_FIELD_NUMBER: _builtins.int
     HEIGHT_FIELD_NUMBER: _builtins.int
@@ -336,22 +551,28 @@ class Watermark(_message.Message):
         CONTENT_FIELD_NUMBER: _builtins.int
         SIZE_PX_FIELD_NUMBER: _builtins.int
         COLOUR_FIELD_NUMBER: _builtins.int
+        FONT_FIELD_NUMBER: _builtins.int
         content: _builtins.str
         """In any script."""
         size_px: _builtins.int
         """Height of the letters, pixels; default 1/20 of the image's height, at least 12."""
         colour: _builtins.str
         """`#rrggbb`; default white."""
+        font: _builtins.str
+        """Family, e.g. `Noto Serif`, for the letters that it has; others, and all where it is not installed, are
+        Noto Sans.
+        """
         def __init__(
             self,
             *,
             content: _builtins.str = ...,
             size_px: _builtins.int | None = ...,
             colour: _builtins.str = ...,
+            font: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["_size_px", b"_size_px", "size_px", b"size_px"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_size_px", b"_size_px", "colour", b"colour", "content", b"content", "size_px", b"size_px"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_size_px", b"_size_px", "colour", b"colour", "content", b"content", "font", b"font", "size_px", b"size_px"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         _WhichOneofReturnType__size_px: _TypeAlias = _typing.Literal["size_px"]  # noqa: Y015
         _WhichOneofArgType__size_px: _TypeAlias = _typing.Literal["_size_px", b"_size_px"]  # noqa: Y015
@@ -390,6 +611,7 @@ class Watermark(_message.Message):
     MARGIN_PX_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
+    TILED_FIELD_NUMBER: _builtins.int
     gravity: Global___Watermark.Gravity.ValueType
     """Where; default GRAVITY_SOUTH_EAST."""
     opacity: _builtins.float
@@ -400,6 +622,8 @@ class Watermark(_message.Message):
     """Default: the input's format, or PNG where that cannot be written."""
     quality: _builtins.int
     """1..100, for lossy formats; default 80."""
+    tiled: _builtins.bool
+    """All over the image, a margin apart, instead of in one place."""
     @_builtins.property
     def text(self) -> Global___Watermark.Text:
         """A text."""
@@ -418,10 +642,11 @@ class Watermark(_message.Message):
         margin_px: _builtins.int | None = ...,
         format: Global___Format.ValueType = ...,
         quality: _builtins.int | None = ...,
+        tiled: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_margin_px", b"_margin_px", "_opacity", b"_opacity", "_quality", b"_quality", "image", b"image", "margin_px", b"margin_px", "mark", b"mark", "opacity", b"opacity", "quality", b"quality", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_margin_px", b"_margin_px", "_opacity", b"_opacity", "_quality", b"_quality", "format", b"format", "gravity", b"gravity", "image", b"image", "margin_px", b"margin_px", "mark", b"mark", "opacity", b"opacity", "quality", b"quality", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_margin_px", b"_margin_px", "_opacity", b"_opacity", "_quality", b"_quality", "format", b"format", "gravity", b"gravity", "image", b"image", "margin_px", b"margin_px", "mark", b"mark", "opacity", b"opacity", "quality", b"quality", "text", b"text", "tiled", b"tiled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__margin_px: _TypeAlias = _typing.Literal["margin_px"]  # noqa: Y015
     _WhichOneofArgType__margin_px: _TypeAlias = _typing.Literal["_margin_px", b"_margin_px"]  # noqa: Y015
@@ -503,9 +728,9 @@ class OperationDescription(_message.Message):
         MAX_FIELD_NUMBER: _builtins.int
         VALUES_FIELD_NUMBER: _builtins.int
         name: _builtins.str
-        """Its key in JSON, e.g. `marginPx`."""
+        """Its key in JSON, e.g. `marginPx`; below others with theirs, e.g. `text.sizePx`, `steps[].resize.width`."""
         type: _builtins.str
-        """`integer`, `number`, `string`, `enum` or `object`."""
+        """`boolean`, `integer`, `number`, `string`, `enum`, `object`, or one of these and `[]` for several."""
         description: _builtins.str
         """What it is for."""
         required: _builtins.bool

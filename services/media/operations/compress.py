@@ -1,0 +1,51 @@
+"""Makes a file of at most so many bytes: in the best quality that fits."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from services.media import domain
+from services.media.domain import Compress, Format, TargetUnreachable, Written
+from services.media.operations import image
+from services.media.operations.image import Frames, Place, Progress, Source
+
+
+def formats(operation: Compress, source: Source) -> Sequence[Format]:
+    return [operation.format or source.format]
+
+
+def write(frames: Frames, operation: Compress, source: Source, place: Place, progress: Progress) -> Sequence[Written]:
+    (format_,) = formats(operation, source)
+    pixels = frames.pixels(format_)
+    if format_.is_opaque:
+        pixels = image.flattened(pixels, domain.WHITE)
+    pixels = pixels.copy_memory()  # decoded once for all encodings
+    steps = ladder(format_, operation.min_quality)
+    files: dict[int, bytes] = {}
+
+    def too_large(step: int) -> bool:
+        files[step] = image.encoded(pixels, format_, steps[step])
+        progress(len(files) / len(steps).bit_length())
+        return len(files[step]) > operation.max_bytes
+
+    found = bisect_left(range(len(steps)), True, key=too_large)
+    if found == 0:
+        raise TargetUnreachable(
+            f"The image takes {len(files[0])} bytes at least as {format_.name}; {operation.max_bytes} were asked for.",
+            metadata={
+                "smallest_bytes": str(len(files[0])), "max_bytes": str(operation.max_bytes), "format": format_.name
+            },
+        )  # fmt: skip
+    place(0, format_).write_bytes(files[found - 1])
+    return [image.written(pixels, format_, place(0, format_))]
+
+
+def ladder(format_: Format, min_quality: int) -> Sequence[Mapping[str, Any]]:
+    """Return a format's options for libvips, from the smallest file to the best."""
+    if format_ is Format.PNG:
+        return [*({"palette": True, "bitdepth": bits} for bits in (1, 2, 4, 8)), {}]
+    if format_ is Format.GIF:
+        return [{"bitdepth": bits} for bits in range(1, 9)]
+    return [{"Q": quality} for quality in range(min_quality, 101)]

@@ -1,0 +1,41 @@
+"""Where faces are, by OpenCV's cascade of Haar features, which its package brings. Without OpenCV none are found.
+
+docs/decisions/0025 says why. Source: Viola, Jones, "Rapid object detection using a boosted cascade of simple
+features", CVPR 2001.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from pyvips import Image
+
+from services.media.domain import Box
+
+LOOKED_AT_PX = 640  # faces that matter to a crop are large
+SMALLEST_SHARE = 0.04  # of the longer side
+AGREEING = 6  # neighbouring windows that must find the same face: fewer see faces in foliage
+
+
+def found(image: Image) -> list[Box]:
+    """Return the faces of an image that is in memory, largest first."""
+    detector = _detector()
+    if detector is None:
+        return []
+    grey = image.thumbnail_image(LOOKED_AT_PX, height=LOOKED_AT_PX, size="down").colourspace("b-w")[0]
+    scale = image.width / grey.width
+    side = max(12, round(SMALLEST_SHARE * max(grey.width, grey.height)))
+    seen = detector.detectMultiScale(grey.numpy(), scaleFactor=1.1, minNeighbors=AGREEING, minSize=(side, side))
+    boxes = [Box(*(round(int(each) * scale) for each in face)) for face in seen]
+    return sorted(boxes, key=lambda box: -box.width * box.height)
+
+
+@cache
+def _detector() -> Any:
+    try:
+        import cv2.data  # noqa: PLC0415 - loaded by who asks for faces, where it is installed
+    except ImportError:
+        return None
+    cv2.setNumThreads(1)  # the slots of a worker use the other cores
+    return cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
