@@ -229,6 +229,7 @@ class Pipeline(Work):
         return self.convert or self.compress or self.optimise or self.thumbnails or Convert()
 
 
+# Found by their base.
 OPERATIONS: tuple[type[Work], ...] = tuple(
     kind
     for kind in list(globals().values())
