@@ -249,7 +249,11 @@ class Source(Picture):
         if self._profiled:
             # Not left to `thumbnail`, which goes by way of floating-point Lab and takes ten times as long.
             image = image.icc_transform("srgb", embedded=True, input_profile="srgb")
-        return image.colourspace("srgb")
+        # No profile goes along that is no longer true. libvips 8.18 also leaves its own of CMYK there after it has
+        # freed it, with a cache of nothing: a copy in memory of such an image ends the process.
+        image = image.colourspace("srgb").copy()
+        image.remove("icc-profile-data")
+        return image
 
 
 def _is_flawless(stream: bytes) -> bool:

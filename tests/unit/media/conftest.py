@@ -16,6 +16,23 @@ from PIL import Image
 
 from services.media import domain, operations
 
+# One of each operation: those that need nothing said, and these.
+REQUIRING = [
+    domain.Resize(width=50),
+    domain.SmartCrop(width=30, height=30),
+    domain.Watermark(text=domain.Text(content="©")),
+    domain.Compress(max_bytes=100_000),
+    domain.Thumbnails(sizes=(domain.Resize(width=40), domain.Resize(width=20, format=domain.Format.WEBP))),
+    domain.Pipeline(
+        steps=(
+            domain.Step(resize=domain.Resize(width=50)),
+            domain.Step(watermark=domain.Watermark(text=domain.Text(content="©"))),
+        ),
+        convert=domain.Convert(format=domain.Format.WEBP),
+    ),
+]
+EXAMPLES = [*REQUIRING, *(kind() for kind in domain.OPERATIONS if kind not in map(type, REQUIRING))]
+
 
 @pytest.fixture(scope="session")
 def photos() -> Path:

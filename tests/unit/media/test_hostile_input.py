@@ -10,16 +10,13 @@ from services.media.domain import (
     InputDamaged,
     InputUnsupported,
     Resize,
-    SmartCrop,
     Watermark,
 )
 from services.media.domain import Image as Mark
-from tests.unit.media.conftest import huge_png
-
-OPERATIONS = [Resize(width=100), Convert(format=Format.PNG), SmartCrop(width=50, height=50)]
+from tests.unit.media.conftest import EXAMPLES, huge_png
 
 
-@pytest.fixture(params=OPERATIONS, ids=lambda operation: type(operation).__name__)
+@pytest.fixture(params=EXAMPLES, ids=lambda operation: type(operation).__name__)
 def operation(request):
     return request.param
 
