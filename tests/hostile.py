@@ -7,7 +7,7 @@ import io
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -134,6 +134,10 @@ def _fine() -> Iterator[tuple[str, bytes]]:
     yield "jpeg turned by 99", saved("JPEG", exif=_turned_by(99))
     yield "jpeg with a profile of nonsense", saved("JPEG", icc_profile=SECRET * 30)
     yield "jpeg with a part of a profile", _after_start(jpeg, segment(0xE2, b"ICC_PROFILE\0\x01\x05" + profile()[:300]))
+    for field, at in (("link", 12), ("GRAY", 16), ("CMYK", 16), ("Lab ", 16), ("GRAY", 20), ("\xff" * 4, 128)):
+        other = bytearray(profile())
+        other[at : at + 4] = field.encode("latin-1")
+        yield f"jpeg with a profile of {field!a} at {at}", saved("JPEG", icc_profile=bytes(other))
     yield "jpeg with more behind its profile", saved("JPEG", icc_profile=profile(SECRET))
     yield "png with a profile of nonsense", saved("PNG", icc_profile=SECRET * 30)
     bomb = zlib.compress(bytes(30_000_000), 9)
@@ -165,6 +169,19 @@ def _zip() -> bytes:
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("page.html", SECRET)
     return file.getvalue()
+
+
+def _tiff_followed_by_nothing() -> bytes:
+    tags = [(256, 2), (257, 2), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 2), (279, 4)]
+    directory = _directory(tags)
+    nothing = 8 + len(directory) + 4
+    return b"II*\0\x08\0\0\0" + directory + struct.pack("<I", nothing) + bytes(400)
+
+
+def _directory(tags: Sequence[tuple[int, int]]) -> bytes:
+    """Return a directory of a TIFF, less where the next one is."""
+    entries = (struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack("<H", len(tags)) + b"".join(entries)
 
 
 def _no_images() -> Iterator[tuple[str, bytes]]:
@@ -206,13 +223,7 @@ def _enormous() -> Iterator[tuple[str, bytes]]:
     lossless = b"\x2f" + struct.pack("<I", 16_383 | 16_383 << 14) + bytes(64)
     yield "webp of 16384", _riff(b"VP8L" + struct.pack("<I", len(lossless)) + lossless + b"\0" * (len(lossless) % 2))
     tags = [(256, 100_000), (257, 100_000), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 1)]
-    yield (
-        "tiff of 100000",
-        b"II*\0\x08\0\0\0"
-        + struct.pack("<H", len(tags))
-        + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-        + bytes(4),
-    )
+    yield "tiff of 100000", b"II*\0\x08\0\0\0" + _directory(tags) + bytes(4)
     extents = avif.index(b"ispe") + 8
     yield "avif of 65535", avif[:extents] + struct.pack(">II", 65_535, 65_535) + avif[extents + 8 :]
     dot = b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\0"
@@ -232,3 +243,4 @@ def _cut_off() -> Iterator[tuple[str, bytes]]:
             continue  # what is there is shown, as everywhere
         for share in (0.1, 0.5, 0.9):
             yield f"{name}, {share:.0%} of it", whole[: max(20, int(len(whole) * share))]
+    yield "tiff whose next page is nothing", _tiff_followed_by_nothing()

@@ -37,7 +37,9 @@ WRITE: Mapping[
 WRITE = _named("write")
 
 
-_NO_MEMORY = ("out of memory", "allocat")  # as libvips and its codecs put it
+def is_out_of_memory(said: str) -> bool:
+    """Tell whether libvips or one of its codecs speaks of memory; of a TIFF's empty directory libtiff does too."""
+    return any(sign in said for sign in ("out of memory", "allocat")) and "(0 elements" not in said
 
 
 def run(
@@ -72,7 +74,7 @@ def run(
             frames = frames.each(partial(_done, step, others))
         return WRITE[type(end)](frames, end, opened, partial(domain.result_path, folder), progress)
     except pyvips.Error as fault:
-        if any(sign in str(fault).lower() for sign in _NO_MEMORY):
+        if is_out_of_memory(str(fault).lower()):
             raise domain.OutOfMemory("The image needs more memory than a worker has.") from fault
         for each in (opened, *others.values()):
             each.require_decodable()  # libvips does not say whose fault it was

@@ -181,7 +181,7 @@ class Source(Picture):
         self._profiled = (
             bool(header.get_typeof("icc-profile-data"))
             and header.interpretation != "cmyk"
-            and not (header.bands >= 3 and _is_srgb(bytes(header.get("icc-profile-data"))))
+            and _changes_colours(bytes(header.get("icc-profile-data")), is_grey=header.bands < 3)
         )
         orientation = _field(header, "orientation", 1)  # EXIF 2.32, 4.6.5.1.6
         on_its_side = 5 <= orientation <= 8
@@ -372,16 +372,17 @@ def _require_writable(image: Image, frames: int, format_: Format) -> None:
 
 
 @lru_cache(maxsize=64)  # cameras are fewer than photographs
-def _is_srgb(profile: bytes) -> bool:
-    """Tell whether a profile leaves colours as they are, as that of most cameras does: then nothing need be done."""
+def _changes_colours(profile: bytes, *, is_grey: bool) -> bool:
+    """Tell whether a profile is of use: most cameras' is sRGB, and that of a damaged file may make no sense."""
     # 16 x 16 x 16 colours, in a square of 64 pixels a side.
     number = Image.xyz(64, 64)[1] * 64 + Image.xyz(64, 64)[0]
     bands = [number % 16, (number / 16).floor() % 16, (number / 256).floor()]
-    cube = (bands[0].bandjoin(bands[1:]) * 17).cast("uchar").copy(interpretation="srgb").copy_memory()
-    cube.set_type(GValue.blob_type, "icc-profile-data", profile)
+    colours = (bands[0] if is_grey else bands[0].bandjoin(bands[1:])) * 17
+    colours = colours.cast("uchar").copy(interpretation="b-w" if is_grey else "srgb").copy_memory()
+    colours.set_type(GValue.blob_type, "icc-profile-data", profile)
     try:
-        return bool((cube.icc_transform("srgb", embedded=True) - cube).abs().max() <= _SAME_COLOUR)
-    except pyvips.Error:  # it makes no sense
+        return bool((colours.icc_transform("srgb", embedded=True) - colours).abs().max() > _SAME_COLOUR)
+    except pyvips.Error:
         return False
 
 

@@ -22,6 +22,7 @@ REQUIRING = [
     domain.SmartCrop(width=30, height=30),
     domain.Watermark(text=domain.Text(content="©")),
     domain.Compress(max_bytes=100_000),
+    domain.Optimise(format=domain.Format.JPEG),
     domain.Thumbnails(sizes=(domain.Resize(width=40), domain.Resize(width=20, format=domain.Format.WEBP))),
     domain.Pipeline(
         steps=(
