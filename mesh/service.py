@@ -31,7 +31,7 @@ from mesh.discovery import Registration
 from mesh.errors import Aborted, Cancelled, InvalidArgument, MeshError, PermissionDenied, Unauthenticated, Unavailable
 from mesh.identity import IdentityFeed, RemoteIdentityFeed, Verifier
 from mesh.intentions import Intentions
-from mesh.live import Live
+from mesh.live import META_CHARACTERS, Live
 from mesh.ports import Ports
 
 Register = Callable[[Any], None]
@@ -303,6 +303,7 @@ async def serve(
     background: Sequence[Background] = (),
     identity: IdentityFeed | None = None,
     degraded: Callable[[], str] | None = None,
+    capacity: str = "",
 ) -> None:
     """Run a service until SIGTERM or SIGINT; a second one ends it at once.
 
@@ -316,6 +317,7 @@ async def serve(
         identity: the identity feed; auth's by default.
         degraded: returns what works less well though the service is SERVING, empty when all is well; it stands in the
             registration, for people.
+        capacity: what it can do and how much at a time, a JSON object; it stands in the registration, likewise.
     """
     telemetry.configure(config.service, config.instance)
     stopping = stop_signal(config)
@@ -327,6 +329,8 @@ async def serve(
     async def tell() -> None:
         settings.meta["degraded"] = degraded() if degraded else ""
 
+    if capacity:
+        settings.meta["capacity"] = capacity[:META_CHARACTERS]
     if degraded:
         works.append(every(HEALTH_PERIOD_SECONDS, tell))
 

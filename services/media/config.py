@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
@@ -31,3 +32,13 @@ class WorkerConfig(ServiceConfig):
     """Longest time that one operation may take."""
     job_memory_bytes: int = 3 * 1024**3
     """Most memory that one operation may take; 100 megapixels as AVIF need 2 GiB."""
+    pools: Literal["cpu", "gpu", "cpu,gpu"] | None = None
+    """Whose tasks it takes; by default `cpu`, and `gpu` where it has models."""
+    weights_dir: Path | None = None
+    """Where models are, with their `manifest.json`."""
+    model_memory_bytes: int = 2 * 1024**3
+    """Most memory that models may take together, of their process or of the CUDA device."""
+    model_batch: int = Field(default=8, ge=1)
+    """Most items that a model computes at a time; fewer where they would not fit into the memory."""
+    model_batch_seconds: float = Field(default=0.005, ge=0)
+    """How long the first item of a batch waits for others."""

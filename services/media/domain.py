@@ -56,6 +56,14 @@ class OperationUnknown(Unavailable):  # to this worker: while an installation is
     reason = "OPERATION_UNKNOWN"
 
 
+class ModelMissing(Unavailable):  # from this worker: another one may have the weights
+    reason = "MODEL_MISSING"
+
+
+class ModelUnusable(Unavailable):  # on this worker: its file is not what the manifest says, or does not load
+    reason = "MODEL_UNUSABLE"
+
+
 class TimeLimitExceeded(DeadlineExceeded):
     reason = "TIME_LIMIT_EXCEEDED"
 
@@ -128,10 +136,15 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation(Work):
-    """What turns an image into another; without a format the result has the input's, or is a PNG."""
+    """What turns an image into another; without a format most results have the input's, or are PNGs."""
 
     format: Format | None = None
     quality: int = 80
+
+    @property
+    def is_transparent(self) -> bool:
+        """Whether the result is transparent in places, whatever the input was."""
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,12 +211,40 @@ class Thumbnails(Work):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Defocus:
+    radius: float = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backdrop:
+    file_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveBackground(Operation):
+    colour: str = ""
+    blur: Defocus | None = None
+    image: Backdrop | None = None
+
+    @property
+    def is_transparent(self) -> bool:
+        return not (self.colour or self.blur or self.image)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upscale(Operation):
+    factor: int = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One of a pipeline's; exactly one is set."""
 
     resize: Resize | None = None
     smart_crop: SmartCrop | None = None
     watermark: Watermark | None = None
+    remove_background: RemoveBackground | None = None
+    upscale: Upscale | None = None
 
     @property
     def operation(self) -> Operation:
@@ -235,6 +276,33 @@ OPERATIONS: tuple[type[Work], ...] = tuple(
     for kind in list(globals().values())
     if isinstance(kind, type) and issubclass(kind, Work) and kind not in (Work, Operation)
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """Weights and what must be known to use them; an entry of a manifest.
+
+    A model takes and gives float32 of shape (items, channels, rows, columns). In: RGB of `side_px` a side, 0..1 less
+    `mean` over `std`. Out: for `remove_background` one channel, how much each pixel is foreground; for `upscale` RGB,
+    0..1, `scale` times as wide and high.
+    """
+
+    name: str
+    version: str
+    operation: str
+    """The field of the contract's Operation that it serves; the first of several is used."""
+    file: str
+    sha256: str
+    licence: str
+    source: str
+    item_bytes: int
+    """What one item more in a batch takes of memory; measured."""
+    side_px: int
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    scale: int = 1
+    margin_px: int = 0
+    """Pixels at the edges of what comes out that are not to be used, before scaling: they lack their surroundings."""
 
 
 @dataclass(frozen=True, slots=True)

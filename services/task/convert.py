@@ -6,11 +6,12 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from atelier.media.v1 import media_pb2
+from atelier.policy.v1 import policy_pb2
 from atelier.task.v1 import events_pb2, webhook_pb2
 from atelier.task.v1 import task_pb2 as pb
 from google.protobuf.json_format import MessageToDict
@@ -22,6 +23,7 @@ from mesh.errors import InvalidArgument, MeshError
 from mesh.outbox import Message
 from mesh.wire import timestamp
 from services.task.domain import (
+    POOLS,
     Batch,
     DeadQuery,
     Event,
@@ -322,6 +324,20 @@ def message_of(notice: Notice) -> Message:
 def permit(pool: str, message_id: str) -> Message:
     """Return a permit to claim one task of a pool. It names none: the claim picks."""
     return Message(exchange="", routing_key=queue(pool), body=b"", message_id=message_id)
+
+
+def pool_of(operation: Proto) -> str:
+    """Return the most demanding pool that the contract names at what an operation sets, anywhere in it."""
+    return POOLS[max(_demands(operation), default=0)]
+
+
+def _demands(message: Proto) -> Iterator[int]:
+    for field, value in message.ListFields():
+        if named := field.GetOptions().Extensions[policy_pb2.pool]:
+            yield POOLS.index(named)
+        if field.message_type is not None:
+            for each in value if field.is_repeated else [value]:
+                yield from _demands(each)
 
 
 def queue(pool: str) -> str:

@@ -29,7 +29,7 @@ SUPPORTED_INPUTS = (
 )
 FORGET = "forget"  # the work that one replica does for all: the name of its lock and of its fence
 PERMITS = 32  # of a batch, or for those that wait: so many workers are woken at a time
-POOL = "cpu"  # every operation of today runs there
+POOLS = ("cpu", "gpu")  # of workers, the least demanding first: what needs several goes to the last of them
 RESERVATION_AGE = timedelta(seconds=60)  # the user service gives back what is older than two minutes and has no task
 # A turn of weight 1 is as long as the largest weight, so that everybody's is a whole number; decision 0019.
 WEIGHTS = {"ROLE_USER": 1, "ROLE_VIP": 4, "ROLE_ADMIN": 4}
@@ -517,13 +517,14 @@ def created(
     trace_id: str = "",
     webhook_url: str | None = None,
     permitted: bool = True,
+    pool: str = POOLS[0],
 ) -> Change:
     """Make a task, with a permit or without. It reads `file_ids`, the input among them; its turn is given later."""
     task = Task(
         task_id=task_id,
         user_id=user_id,
         role=role,
-        pool=POOL,
+        pool=pool,
         turn=0,
         input_file_id=input_file_id,
         file_ids=tuple(file_ids),

@@ -100,6 +100,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             input_file_id=request.input_file_id,
             file_ids=file_ids,
             operation=request.operation.SerializeToString(deterministic=True),
+            pool=convert.pool_of(request.operation),
             deadline=convert.deadline_from(request),
             request_id=context.request_id(),
             trace_id=telemetry.trace_id(),
@@ -128,6 +129,12 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         files = [tuple(dict.fromkeys(bounds.file_references(item))) for item in request.items]
         await self._require_all_supported(files, user.user_id)
 
+        pools = [convert.pool_of(item.operation) for item in request.items]
+        waking = {
+            number
+            for pool in domain.POOLS
+            for number in [number for number, each in enumerate(pools) if each == pool][: domain.PERMITS]
+        }
         # Named by the batch: a repeated call reserves for the same tasks.
         task_ids = [ids.numbered("tsk", batch_id, number) for number in range(len(request.items))]
         steps = [
@@ -139,14 +146,17 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
                 input_file_id=item.input_file_id,
                 file_ids=file_ids,
                 operation=item.operation.SerializeToString(deterministic=True),
+                pool=pool,
                 deadline=convert.deadline_from(request),
                 batch_id=batch_id,
                 request_id=context.request_id(),
                 trace_id=telemetry.trace_id(),
                 webhook_url=webhook_url,
-                permitted=number < domain.PERMITS,
+                permitted=number in waking,
             )
-            for number, (task_id, item, file_ids) in enumerate(zip(task_ids, request.items, files, strict=True))
+            for number, (task_id, item, file_ids, pool) in enumerate(
+                zip(task_ids, request.items, files, pools, strict=True)
+            )
         ]
         reserved_time = await self._reserve(user.user_id, task_ids, round_=1)
 

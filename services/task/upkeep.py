@@ -70,8 +70,8 @@ class Upkeep:
         self._permit_grace = permit_grace
         self._absence = absence
         self._monotonic = monotonic
-        self._missing_since: float | None = None
-        self._unserved = False
+        self._missing_since: dict[str, float] = {}
+        self._unserved: set[str] = set()
         # While no replica ran, no worker could renew: each gets one lease to say that it lives.
         self._reap_from = monotonic() + (terms().lease + terms().slack).total_seconds()
 
@@ -87,30 +87,33 @@ class Upkeep:
 
     def is_unserved(self, pool: str) -> bool:
         """Tell whether a pool has had due tasks and no worker for too long."""
-        return self._unserved and pool == domain.POOL
+        return pool in self._unserved
 
     def degraded(self) -> str:
         """Return what operators should know of this service; empty when all is well."""
-        return f"No worker serves the pool {domain.POOL}; tasks wait." if self._unserved else ""
+        return " ".join(f"No worker serves the pool {pool}; tasks wait." for pool in sorted(self._unserved))
 
     async def look_for_workers(self) -> None:
         """Raise the alarm when tasks have been due without a worker, whoever takes permits, or end it."""
-        due = await self._tasks.overdue(domain.POOL, timedelta(0))
-        try:
-            missing = bool(due) and not await self._permits.consumers(convert.queue(domain.POOL))
-        except Unavailable:
-            return  # without the broker nobody can tell: what was known stays
+        for pool in domain.POOLS:
+            due = await self._tasks.overdue(pool, timedelta(0))
+            try:
+                missing = bool(due) and not await self._permits.consumers(convert.queue(pool))
+            except Unavailable:
+                return  # without the broker nobody can tell: what was known stays
+            self._judge(pool, due, missing=missing)
+
+    def _judge(self, pool: str, due: int, *, missing: bool) -> None:
         if not missing:
-            self._missing_since = None
-        elif self._missing_since is None:
-            self._missing_since = self._monotonic()
-        absent_seconds = 0.0 if self._missing_since is None else self._monotonic() - self._missing_since
-        unserved = missing and absent_seconds >= self._absence.total_seconds()
-        if unserved and not self._unserved:
-            log.error("no worker serves the pool", extra={"pool": domain.POOL, "due": due})
-        elif self._unserved and not unserved:
-            log.info("workers serve the pool again", extra={"pool": domain.POOL})
-        self._unserved = unserved
+            self._missing_since.pop(pool, None)
+            if pool in self._unserved:
+                self._unserved.remove(pool)
+                log.info("workers serve the pool again", extra={"pool": pool})
+            return
+        absent_seconds = self._monotonic() - self._missing_since.setdefault(pool, self._monotonic())
+        if absent_seconds >= self._absence.total_seconds() and pool not in self._unserved:
+            self._unserved.add(pool)
+            log.error("no worker serves the pool", extra={"pool": pool, "due": due})
 
     async def reap(self) -> None:
         """Take tasks whose lease has lapsed from their workers."""
@@ -143,12 +146,13 @@ class Upkeep:
         workers have come that no permit woke. Too many do no harm: a permit that finds nothing is acknowledged. With
         the broker away there is nothing to compare.
         """
-        overdue = await self._tasks.overdue(domain.POOL, self._permit_grace)
-        if not overdue:
-            return
-        try:
-            wanted = min(overdue, domain.PERMITS)
-            for _ in range(wanted - await self._permits.depth(convert.queue(domain.POOL))):
-                await self._permits.publish(convert.permit(domain.POOL, ids.new("prm")))
-        except Unavailable as failure:  # also when no worker has ever made the queue
-            log.debug("permits wait", extra={"failure": failure.message})
+        for pool in domain.POOLS:
+            overdue = await self._tasks.overdue(pool, self._permit_grace)
+            if not overdue:
+                continue
+            try:
+                wanted = min(overdue, domain.PERMITS)
+                for _ in range(wanted - await self._permits.depth(convert.queue(pool))):
+                    await self._permits.publish(convert.permit(pool, ids.new("prm")))
+            except Unavailable as failure:  # also when no worker has ever made the queue
+                log.debug("permits wait", extra={"failure": failure.message})

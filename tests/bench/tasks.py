@@ -27,7 +27,8 @@ from mesh.together import Together
 from scripts.local import postgresql
 from scripts.local.layout import BIN, ROOT, Layout, mesh_environment
 from services.media.config import WorkerConfig
-from services.media.worker.tasks import POOL, QUEUE, completed
+from services.media.worker.capacity import CPU
+from services.media.worker.tasks import QUEUES, completed
 from tests.bench.peers import python_with
 from tests.bench.report import Figures, arguments, tell
 from tests.eventually import eventually
@@ -90,7 +91,7 @@ class NoOps:
             self._freed.clear()
             await self._freed.wait()
         wanted = min(self._room, CLAIMED_TOGETHER)
-        request = task_pb2.ClaimTaskRequest(pool=POOL, worker_id=self._worker_id, max_tasks=wanted)
+        request = task_pb2.ClaimTaskRequest(pool=CPU, worker_id=self._worker_id, max_tasks=wanted)
         claim = await self._tasks.ClaimTask(request)
         assignments = [claim.assignment, *claim.others] if claim.HasField("assignment") else []
         self._room -= len(assignments)
@@ -126,7 +127,7 @@ async def work(seconds: str) -> None:
         channel.opened("task", config, leaf) as tasks,
         asyncio.TaskGroup() as group,
     ):
-        group.create_task(bus.consume(QUEUE, take, prefetch=IN_HAND))
+        group.create_task(bus.consume(QUEUES[CPU], take, prefetch=IN_HAND))
         group.create_task(NoOps(task_pb2_grpc.TaskServiceStub(tasks), config.instance, float(seconds)).run(permits))
 
 

@@ -63,10 +63,15 @@ def run(
         AlreadySmallest: not in fewer bytes than the input.
         TextEmpty: a watermark without anything to see.
         OutOfMemory: more was needed than this process may have.
+        ModelMissing: no weights for it are there.
+        ModelUnusable: the weights are there, and something is wrong with them.
+        WorkerCrashed: the process that has the model died.
     """
     opened = image.Source(source)
     others = {file_id: image.Source(path) for file_id, path in files.items()}
     steps, end = _parts(work)
+    if opened.format.is_opaque and any(step.is_transparent for step in steps):
+        opened.format = domain.Format.PNG
     try:
         formats = FORMATS[type(end)](end, opened)
         frames = opened.frames(animated=any(format_.holds_frames for format_ in formats))

@@ -42,7 +42,8 @@ _UNBOUNDED_PX = 10_000_000  # libvips' VIPS_MAX_COORD: a box that shrinks nothin
 
 _OPTIONS: Mapping[Format, dict[str, Any]] = {
     Format.JPEG: {"optimize_coding": True},
-    Format.PNG: {"compression": 6},
+    # Against 6 without a filter: photographs a third smaller, in half the time; drawings a tenth larger.
+    Format.PNG: {"compression": 3, "filter": "up"},
     Format.WEBP: {"effort": 4},
     # Effort 4, the default, takes three times as long for 3 % less.
     Format.AVIF: {"compression": "av1", "effort": 2},

@@ -8,11 +8,13 @@ from atelier.task.v1.task_pb2_grpc import TaskServiceStub
 
 from mesh import broker, certificates, channel, discovery, service
 from services.media.config import WorkerConfig
-from services.media.worker import processes, storage
+from services.media.worker import processes, storage, weights
+from services.media.worker.capacity import capacity, pools
 from services.media.worker.tasks import Worker
 
 
 async def main(config: WorkerConfig) -> None:
+    models = weights.described(config.weights_dir)
     async with (
         certificates.kept(config) as leaf,
         broker.opened(config.broker_url) as bus,
@@ -27,10 +29,17 @@ async def main(config: WorkerConfig) -> None:
             StorageServiceStub(results),
             files,
             slots,
+            pools=pools(config, models),
             worker_id=config.instance,
             drain_seconds=config.drain_seconds,
         )
-        await service.serve(config, leaf, dependencies=[bus.check], background=[partial(worker.run, bus)])
+        await service.serve(
+            config,
+            leaf,
+            dependencies=[bus.check],
+            background=[partial(worker.run, bus)],
+            capacity=capacity(config, models),
+        )
 
 
 if __name__ == "__main__":

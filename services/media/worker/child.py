@@ -6,11 +6,9 @@ nothing that this process says may be believed further than that.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import pickle
-import resource
 import signal
 import sys
 import time
@@ -22,22 +20,21 @@ from typing import Any
 from mesh.errors import MeshError
 from services.media import operations
 from services.media.domain import OutOfMemory, Work
+from services.media.operations import models
+from services.media.worker.confined import confine
+from services.media.worker.models import RemoteModels
+from services.media.worker.weights import described
 
 PROGRESS_SECONDS = 0.1
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-NICE = 5  # the event loops that keep leases and answer health checks come first
 
 Job = tuple[Work, Path, dict[str, Path], Path]
 """Operation, input, other files by id, folder of the results. It comes with the seconds it may take."""
 Answer = Callable[[dict[str, Any]], None]
 
 
-def main(memory_bytes: int) -> None:
-    # RLIMIT_DATA counts what is allocated; RLIMIT_AS would also count libraries and the stacks of idle threads.
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody waits for the answer of an orphan
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold somebody's picture
-    os.nice(NICE)
+def main(memory_bytes: int, address: str, weights_dir: Path | None) -> None:
+    confine(memory_bytes)
+    models.use(RemoteModels(address, described(weights_dir)))
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a codec prints is no answer
 
@@ -82,4 +79,4 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]) if sys.argv[3] else None)

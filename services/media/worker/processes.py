@@ -1,17 +1,23 @@
-"""Slots: each a folder and a child process that does one operation at a time and may die of it."""
+"""The worker's child processes, any of which may die of its work.
+
+Slots: each a folder and a process that does one operation at a time. And one process that has the models, for all.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import pickle
+import secrets
 import shutil
 import signal
+import socket
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -32,17 +38,28 @@ from services.media.domain import (
 JOBS_PER_PROCESS = 500  # then a fresh one: whatever libraries leak is bounded
 
 # All that the child needs; the broker's password and the rest of our environment are none of its business.
-_ENVIRONMENT = ("PATH", "PYTHONPATH", "LANG", "LD_LIBRARY_PATH")
+_ENVIRONMENT = ("PATH", "PYTHONPATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+
+log = logging.getLogger(__name__)
 
 
 class Slot:
     """Room for one task: `folder` is its own, empty between tasks."""
 
-    def __init__(self, folder: Path, *, memory_bytes: int, seconds: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        inference: Inference,
+        *,
+        memory_bytes: int,
+        weights_dir: Path | None,
+        seconds: Callable[[], int],
+    ) -> None:
         self._root = folder
         self.folder = folder / "task"
+        self.inference = inference
         self._seconds = seconds
-        self._arguments = ("-m", "services.media.worker.child", str(memory_bytes))
+        self._arguments = (str(memory_bytes), inference.address, str(weights_dir or ""))
         self._process: Process | None = None
         self._jobs = 0
 
@@ -55,15 +72,12 @@ class Slot:
         if self._process is None:
             temporary = self._root / "temporary"
             temporary.mkdir(parents=True, exist_ok=True)
-            environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
+            self._process = await _begun(
+                "services.media.worker.child",
                 *self._arguments,
                 stdin=PIPE,
                 stdout=PIPE,
-                process_group=0,  # Ctrl-C and a supervisor's signals are for the worker, which decides
-                env=environment
-                | {"TMPDIR": str(temporary), "XDG_CACHE_HOME": str(self._root / "cache"), "VIPS_WARNING": "0"},
+                env={"TMPDIR": str(temporary), "XDG_CACHE_HOME": str(self._root / "cache"), "VIPS_WARNING": "0"},
             )
             self._jobs = 0
         return self._process
@@ -121,6 +135,80 @@ class Slot:
             folder.mkdir(parents=True)
 
 
+class Inference:
+    """The process that has the models. It begins when it is first asked, and again after it ended.
+
+    Its socket is the worker's: whoever asks while there is no process waits for the next one.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._listening = socket.socket(socket.AF_UNIX)
+        self.address = f"atelier/{secrets.token_hex(16)}"
+        self._listening.bind(f"\0{self.address}")  # no file that a killed worker would leave behind
+        self._listening.setblocking(False)
+        self._listening.listen(128)
+        self.process: Process | None = None
+
+    async def run(self) -> None:
+        """Keep it there while it is wanted; when cancelled, end it."""
+        config = self._config
+        try:
+            while True:
+                await self._asked()
+                self.process = await _begun(
+                    "services.media.worker.inference",
+                    str(self._listening.fileno()),
+                    str(config.weights_dir),
+                    json.dumps(
+                        {
+                            "memory_bytes": config.model_memory_bytes,
+                            "batch": config.model_batch,
+                            "batch_seconds": config.model_batch_seconds,
+                            "compute_seconds": config.job_seconds,
+                        }
+                    ),
+                    pass_fds=[self._listening.fileno()],
+                )
+                status = await self.process.wait()
+                log.log(logging.WARNING if status else logging.INFO, "models ended", extra={"status": status})
+                if status:
+                    self._turn_away()
+        finally:
+            if self.process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    self.process.kill()
+                await self.process.wait()
+            self._listening.close()
+
+    async def _asked(self) -> None:
+        asked, loop = asyncio.Event(), asyncio.get_running_loop()
+        loop.add_reader(self._listening, asked.set)
+        try:
+            await asked.wait()
+        finally:
+            loop.remove_reader(self._listening)
+
+    def _turn_away(self) -> None:
+        """Have those who wait fail, as those did whom the process answered last: it may be the weights."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._listening.accept()[0].close()
+
+
+async def _begun(module: str, *arguments: str, env: Mapping[str, str] | None = None, **options: Any) -> Process:
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        module,
+        *arguments,
+        process_group=0,  # Ctrl-C and a supervisor's signals are for the worker, which decides
+        env=environment | dict(env or {}),
+        **options,
+    )
+
+
 def _out_of_memory(message: dict[str, list[object]]) -> bool:
     """Tell whether a child met its limit: what its libraries make of that is known of none of them."""
     return message.get("refused", [])[1:2] == [OutOfMemory.reason]
@@ -156,10 +244,18 @@ async def opened(config: WorkerConfig) -> AsyncIterator[list[Slot]]:
     """Hold the slots of a worker; what a killed worker of the same name left behind is removed."""
     root = config.data_dir / config.service / config.instance
     await asyncio.to_thread(shutil.rmtree, root, ignore_errors=True)
+    inference = Inference(config)
     slots = [
-        Slot(root / str(number), memory_bytes=config.job_memory_bytes, seconds=lambda: config.job_seconds)
+        Slot(
+            root / str(number),
+            inference,
+            memory_bytes=config.job_memory_bytes,
+            weights_dir=config.weights_dir,
+            seconds=lambda: config.job_seconds,
+        )
         for number in range(config.slots)
     ]
+    keeping = asyncio.create_task(inference.run())
     try:
         for slot in slots:
             await slot.clear()
@@ -168,4 +264,6 @@ async def opened(config: WorkerConfig) -> AsyncIterator[list[Slot]]:
     finally:
         for slot in slots:
             await slot.stop()
+        keeping.cancel()
+        await asyncio.wait([keeping])
         await asyncio.to_thread(shutil.rmtree, root, ignore_errors=True)

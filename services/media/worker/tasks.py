@@ -20,11 +20,11 @@ from mesh.errors import DeadlineExceeded, Internal, MeshError, Unavailable
 from mesh.together import Together
 from services.media.convert import operation_from
 from services.media.domain import result_name
+from services.media.worker.capacity import CPU, GPU
 from services.media.worker.processes import Slot
 from services.media.worker.storage import Storage
 
-POOL = "cpu"
-QUEUE = "media.cpu"
+QUEUES = {CPU: "media.cpu", GPU: "media.gpu"}
 LEASE_SHARE = 0.8  # of the lease; what is left is for clocks that run apart and calls under way
 RENEW_SECONDS = 1.0  # also how soon a cancelled task is noticed
 RENEW_AT_MOST_EVERY_SECONDS = 0.5
@@ -81,12 +81,14 @@ class Worker:
         storage: Storage,
         slots: Sequence[Slot],
         *,
+        pools: Sequence[str],
         worker_id: str,
         drain_seconds: float,
     ) -> None:
         self._tasks = tasks
         self._results = results
         self._storage = storage
+        self._pools = pools
         self._worker_id = worker_id
         self._drain_seconds = drain_seconds
         self._draining = False
@@ -99,21 +101,28 @@ class Worker:
 
     async def run(self, broker: Broker) -> None:
         """Take permits for ever; when cancelled, finish what can be finished and give back the rest."""
-        # One permit at a time: a permit waits here only for a slot, and those that follow stay with the broker, for
-        # workers that have one.
-        consuming = asyncio.create_task(broker.consume(QUEUE, self.take, prefetch=1))
+        # One permit at a time, of each pool: a permit waits here only for a slot, and those that follow stay with the
+        # broker, for workers that have one.
+        consuming = [
+            asyncio.create_task(broker.consume(QUEUES[pool], partial(self.take, pool), prefetch=1))
+            for pool in self._pools
+        ]
         try:
-            await asyncio.wait([consuming])
+            await asyncio.wait(consuming, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             self._draining = True
-            self._free.put_nowait(None)
-            consuming.cancel()
-            await asyncio.wait([consuming])
+            for each in consuming:
+                self._free.put_nowait(None)
+                each.cancel()
+            await asyncio.wait(consuming)
             await self._drain()
             raise
-        consuming.result()
+        for each in consuming:  # one met a bug
+            each.cancel()
+        await asyncio.wait(consuming)
+        await asyncio.gather(*consuming)
 
-    async def take(self, _permit: Delivery) -> None:
+    async def take(self, pool: str, _permit: Delivery) -> None:
         """Claim a task and begin it: then the permit has done its duty.
 
         Raises:
@@ -126,10 +135,10 @@ class Worker:
             self._permits -= 1
         if slot is None or self._draining:
             raise Draining("This worker is stopping.")
-        await self._fill(slot)
+        await self._fill(slot, [pool])
 
-    async def _fill(self, slot: Slot) -> None:
-        """Begin the next task in a free slot, if there is one.
+    async def _fill(self, slot: Slot, pools: Sequence[str]) -> None:
+        """Begin the next task of the first pool that has one in a free slot.
 
         Raises:
             Unavailable: not now.
@@ -139,28 +148,33 @@ class Worker:
             if not self._storage.present():
                 # Claimed now, every waiting task would use up its attempts on an outage that says nothing about it.
                 raise Unavailable("Storage is away.")
-            sent_at = time.monotonic()
-            claim = await self._tasks.ClaimTask(task_pb2.ClaimTaskRequest(pool=POOL, worker_id=self._worker_id))
-            if not claim.HasField("assignment"):
-                return
-            crash.point("worker: claimed")
-            working = asyncio.create_task(self._carry_out(claim.assignment, Lease(claim.assignment, sent_at), slot))
-            begun = True
-            self._working.add(working)
-            working.add_done_callback(self._working.discard)
+            for pool in pools:
+                sent_at = time.monotonic()
+                claim = await self._tasks.ClaimTask(task_pb2.ClaimTaskRequest(pool=pool, worker_id=self._worker_id))
+                if claim.HasField("assignment"):
+                    crash.point("worker: claimed")
+                    lease = Lease(claim.assignment, sent_at)
+                    working = asyncio.create_task(self._carry_out(claim.assignment, lease, slot, pool))
+                    begun = True
+                    self._working.add(working)
+                    working.add_done_callback(self._working.discard)
+                    return
         except MeshError as failure:
             raise Unavailable(f"No task could be claimed: {failure.message}") from failure
         finally:
             if not begun:
                 self._free.put_nowait(slot)
 
-    async def _free_again(self, slot: Slot) -> None:
-        """Give a slot to whoever has a permit in hand; else claim without: a batch has fewer permits than tasks."""
+    async def _free_again(self, slot: Slot, pool: str) -> None:
+        """Give a slot to whoever has a permit in hand; else claim without: a batch has fewer permits than tasks.
+
+        The pool whose task has just ended is asked first: it is likelier to have another.
+        """
         if self._permits or self._draining:
             self._free.put_nowait(slot)
             return
         with contextlib.suppress(Unavailable):  # the next permit tries again
-            await self._fill(slot)
+            await self._fill(slot, [pool, *(each for each in self._pools if each != pool)])
 
     async def _drain(self) -> None:
         if self._working:
@@ -170,7 +184,9 @@ class Worker:
         if self._working:
             await asyncio.wait(self._working)
 
-    async def _carry_out(self, assignment: task_pb2.ClaimTaskResponse.Assignment, lease: Lease, slot: Slot) -> None:
+    async def _carry_out(
+        self, assignment: task_pb2.ClaimTaskResponse.Assignment, lease: Lease, slot: Slot, pool: str
+    ) -> None:
         progress = Progress(asyncio.Event())
         work = asyncio.create_task(self._outputs(assignment, slot, progress))
         keeping = asyncio.create_task(self._keep(lease, progress, work))
@@ -209,7 +225,7 @@ class Worker:
                 "seconds": round(time.monotonic() - began, 3),
             },
         )
-        await self._free_again(slot)
+        await self._free_again(slot, pool)
 
     async def _outputs(
         self, assignment: task_pb2.ClaimTaskResponse.Assignment, slot: Slot, progress: Progress

@@ -25,10 +25,12 @@ from starlette.responses import JSONResponse, Response
 from mesh import status
 from mesh.broker import Delivery
 from mesh.errors import Aborted, MeshError, NotFound, Unavailable
-from services.media.config import WorkerConfig
-from services.media.worker import processes, storage
+from services.media.worker import processes, storage, weights
+from services.media.worker.capacity import pools
 from services.media.worker.tasks import Worker
+from services.task.convert import pool_of
 from tests.mesh_server import Server, serving
+from tests.models import worker_config
 
 LEASE_SECONDS = 3.0
 # Some ten seconds of work: a photograph made 36 megapixels and an AVIF.
@@ -54,6 +56,7 @@ class Tasks(task_pb2_grpc.TaskServiceServicer):
         self.lost: set[str] = set()
         self.failure: MeshError | None = None
         self.claims = 0
+        self.pools: list[str] = []
         self.renewals: list[task_pb2.RenewLeaseRequest] = []
         self.completed: dict[str, str] = {}
         self.failed: dict[str, task_pb2.FailTaskRequest] = {}
@@ -75,7 +78,11 @@ class Tasks(task_pb2_grpc.TaskServiceServicer):
             raise self.failure
         if not self.queued:
             return task_pb2.ClaimTaskResponse()
-        task = self.queued.pop(0)
+        self.pools.append(request.pool)
+        task = next((each for each in self.queued if pool_of(each.operation) == request.pool), None)
+        if task is None:
+            return task_pb2.ClaimTaskResponse()
+        self.queued.remove(task)
         assignment = task_pb2.ClaimTaskResponse.Assignment(task=task, capability=f"may-{task.task_id}")
         assignment.lease_duration.FromMilliseconds(int(LEASE_SECONDS * 1000))
         return task_pb2.ClaimTaskResponse(assignment=assignment)
@@ -158,11 +165,15 @@ class Permits:
 
     def __init__(self) -> None:
         self.waiting: asyncio.Queue[int] = asyncio.Queue()
+        self.waiting_for_models: asyncio.Queue[int] = asyncio.Queue()
+        self.queues: list[str] = []
         self.returned = 0
 
     async def consume(self, queue: str, handler: Callable[[Delivery], Awaitable[None]], *, prefetch: int) -> None:
+        self.queues.append(queue)
+        waiting = self.waiting_for_models if queue == "media.gpu" else self.waiting
         while True:
-            number = await self.waiting.get()
+            number = await waiting.get()
             handling = asyncio.ensure_future(handler(Delivery(b"", queue, str(number), {})))
             try:
                 await asyncio.shield(handling)
@@ -171,7 +182,7 @@ class Permits:
                 raise
             except Unavailable:
                 self.returned += 1
-                self.waiting.put_nowait(number)
+                waiting.put_nowait(number)
                 await asyncio.sleep(0.05)
 
 
@@ -197,7 +208,8 @@ class World:
     def do(self, operation: media_pb2.Operation = SHORT, file_id: str = "fil_rocket") -> str:
         """Queue a task and give a permit for it."""
         task_id = self.tasks.queue(operation, file_id)
-        self.permits.waiting.put_nowait(1)
+        waiting = self.permits.waiting_for_models if pool_of(operation) == "gpu" else self.permits.waiting
+        waiting.put_nowait(1)
         return task_id
 
     async def stop(self) -> float:
@@ -234,14 +246,8 @@ async def start(tmp_path: Path, permits: Any) -> AsyncIterator[Start]:
             )
         )
 
-        async def started(slots: int = 1, drain_seconds: float = 0.3, **settings: int) -> World:
-            config = WorkerConfig.model_validate(
-                {
-                    "ATELIER_CONSUL_URL": "", "ATELIER_BROKER_URL": "", "ATELIER_CONTROL_ADDRESSES": "",
-                    "ATELIER_DATA_DIR": tmp_path, "ATELIER_SECRETS_DIR": tmp_path, "ATELIER_INSTANCE": "media-worker-1",
-                    "slots": slots, **settings,
-                }
-            )  # fmt: skip
+        async def started(slots: int = 1, drain_seconds: float = 0.3, **settings: Any) -> World:
+            config = worker_config(tmp_path, slots=slots, **settings)
             opened = await stack.enter_async_context(processes.opened(config))
             dead = "127.0.0.1:9"  # one instance has just died and is still listed
             live = server.http_url.removeprefix("https://")
@@ -253,6 +259,7 @@ async def start(tmp_path: Path, permits: Any) -> AsyncIterator[Start]:
                 storage_pb2_grpc.StorageServiceStub(channel),
                 reading,
                 opened,
+                pools=pools(config, weights.described(config.weights_dir)),
                 worker_id=config.instance,
                 drain_seconds=drain_seconds,
             )

@@ -10,7 +10,7 @@ import pytest
 from mesh import broker
 from mesh.broker import Broker, Delivery
 from mesh.outbox import Message
-from services.media.worker.tasks import QUEUE
+from services.media.worker.tasks import QUEUES
 from tests import rabbitmq
 from tests.eventually import eventually
 from tests.service.media.conftest import Start
@@ -35,7 +35,7 @@ class Counted:
 
     async def publish(self) -> bool:
         """Publish a permit; `eventually` tries again while there is no queue for it."""
-        await self.bus.publish(Message("", QUEUE, b"", "prm_1"))
+        await self.bus.publish(Message("", QUEUES["cpu"], b"", "prm_1"))
         return True
 
 
@@ -62,7 +62,7 @@ async def test_a_job_longer_than_the_brokers_patience_is_done_once(start: Start,
     assert time.monotonic() - began > JOB_SECONDS
     await eventually(lambda: world.tasks.claims == 2)  # the second finds nothing
     assert (permits.deliveries, world.tasks.failed) == (1, {})
-    assert await permits.bus.depth(QUEUE) == 0
+    assert await permits.bus.depth(QUEUES["cpu"]) == 0
 
 
 async def test_a_permit_that_is_taken_back_while_it_waits_for_a_slot_costs_nothing(start: Start, permits: Counted):

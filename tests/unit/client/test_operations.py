@@ -23,7 +23,10 @@ def options(name: str) -> dict[str, click.Option]:
 def test_every_operation_of_the_contract_is_a_command() -> None:
     names = [operations.command_name(each) for each in operations.KINDS]
 
-    assert names == ["resize", "convert", "smart-crop", "watermark"]
+    assert names == [
+        "resize", "convert", "smart-crop", "watermark", "compress", "optimise", "thumbnails", "pipeline",
+        "remove-background", "upscale",
+    ]  # fmt: skip
 
 
 def test_a_field_is_an_option_with_its_range_and_its_comment() -> None:

@@ -8,13 +8,15 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from services.media import domain, operations
+from services.media.operations import models
+from tests.models import Here
 
 # One of each operation: those that need nothing said, and these.
 REQUIRING = [
@@ -33,6 +35,19 @@ REQUIRING = [
     ),
 ]
 EXAMPLES = [*REQUIRING, *(kind() for kind in domain.OPERATIONS if kind not in map(type, REQUIRING))]
+
+
+@pytest.fixture(scope="session")
+def here() -> Here:
+    return Here()
+
+
+@pytest.fixture(autouse=True)
+def _models(here: Here) -> Iterator[None]:
+    """Have operations find models, run in this process."""
+    models.use(here)
+    yield
+    models.use(models.NONE)
 
 
 @pytest.fixture(scope="session")

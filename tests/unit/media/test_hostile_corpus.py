@@ -15,8 +15,10 @@ from PIL import Image
 from mesh.errors import MeshError
 from services.media import domain
 from services.media.domain import Format, Interest, Written
+from services.media.worker import processes
 from services.media.worker.processes import Slot
 from tests.hostile import SECRET, corpus
+from tests.models import folder_with, grey, learned_upscale, worker_config
 from tests.unit.media.conftest import EXAMPLES
 
 pytestmark = pytest.mark.timeout(180)
@@ -36,10 +38,10 @@ WORKS = [
 
 @pytest.fixture
 async def slot(tmp_path: Path) -> AsyncIterator[Slot]:
-    slot = Slot(tmp_path, memory_bytes=MEMORY_BYTES, seconds=lambda: SECONDS)
-    await slot.clear()
-    yield slot
-    await slot.stop()
+    folder = folder_with(tmp_path / "weights", grey(), learned_upscale())
+    config = worker_config(tmp_path, slots=1, job_memory_bytes=MEMORY_BYTES, job_seconds=SECONDS, weights_dir=folder)
+    async with processes.opened(config) as (slot,):
+        yield slot
 
 
 def resident_bytes(pid: int) -> int:

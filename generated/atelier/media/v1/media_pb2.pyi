@@ -78,6 +78,8 @@ class Operation(_message.Message):
     OPTIMISE_FIELD_NUMBER: _builtins.int
     THUMBNAILS_FIELD_NUMBER: _builtins.int
     PIPELINE_FIELD_NUMBER: _builtins.int
+    REMOVE_BACKGROUND_FIELD_NUMBER: _builtins.int
+    UPSCALE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def resize(self) -> Global___Resize:
         """Changes the size in pixels."""
@@ -110,6 +112,14 @@ class Operation(_message.Message):
     def pipeline(self) -> Global___Pipeline:
         """Does several operations one after the other, decoding and encoding once."""
 
+    @_builtins.property
+    def remove_background(self) -> Global___RemoveBackground:
+        """Keeps what the picture is of, and makes the rest transparent or something else."""
+
+    @_builtins.property
+    def upscale(self) -> Global___Upscale:
+        """Makes an image larger, with detail where enlarging alone would blur."""
+
     def __init__(
         self,
         *,
@@ -121,12 +131,14 @@ class Operation(_message.Message):
         optimise: Global___Optimise | None = ...,
         thumbnails: Global___Thumbnails | None = ...,
         pipeline: Global___Pipeline | None = ...,
+        remove_background: Global___RemoveBackground | None = ...,
+        upscale: Global___Upscale | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "convert", b"convert", "kind", b"kind", "optimise", b"optimise", "pipeline", b"pipeline", "resize", b"resize", "smart_crop", b"smart_crop", "thumbnails", b"thumbnails", "watermark", b"watermark"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "convert", b"convert", "kind", b"kind", "optimise", b"optimise", "pipeline", b"pipeline", "remove_background", b"remove_background", "resize", b"resize", "smart_crop", b"smart_crop", "thumbnails", b"thumbnails", "upscale", b"upscale", "watermark", b"watermark"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "convert", b"convert", "kind", b"kind", "optimise", b"optimise", "pipeline", b"pipeline", "resize", b"resize", "smart_crop", b"smart_crop", "thumbnails", b"thumbnails", "watermark", b"watermark"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "convert", b"convert", "kind", b"kind", "optimise", b"optimise", "pipeline", b"pipeline", "remove_background", b"remove_background", "resize", b"resize", "smart_crop", b"smart_crop", "thumbnails", b"thumbnails", "upscale", b"upscale", "watermark", b"watermark"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["resize", "convert", "smart_crop", "watermark", "compress", "optimise", "thumbnails", "pipeline"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["resize", "convert", "smart_crop", "watermark", "compress", "optimise", "thumbnails", "pipeline", "remove_background", "upscale"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -347,6 +359,8 @@ class Pipeline(_message.Message):
         RESIZE_FIELD_NUMBER: _builtins.int
         SMART_CROP_FIELD_NUMBER: _builtins.int
         WATERMARK_FIELD_NUMBER: _builtins.int
+        REMOVE_BACKGROUND_FIELD_NUMBER: _builtins.int
+        UPSCALE_FIELD_NUMBER: _builtins.int
         @_builtins.property
         def resize(self) -> Global___Resize:
             """Changes the size in pixels."""
@@ -359,18 +373,28 @@ class Pipeline(_message.Message):
         def watermark(self) -> Global___Watermark:
             """Puts a text or an image on top."""
 
+        @_builtins.property
+        def remove_background(self) -> Global___RemoveBackground:
+            """Keeps what the picture is of, and makes the rest transparent or something else."""
+
+        @_builtins.property
+        def upscale(self) -> Global___Upscale:
+            """Makes an image larger, with detail where enlarging alone would blur."""
+
         def __init__(
             self,
             *,
             resize: Global___Resize | None = ...,
             smart_crop: Global___SmartCrop | None = ...,
             watermark: Global___Watermark | None = ...,
+            remove_background: Global___RemoveBackground | None = ...,
+            upscale: Global___Upscale | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "resize", b"resize", "smart_crop", b"smart_crop", "watermark", b"watermark"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "remove_background", b"remove_background", "resize", b"resize", "smart_crop", b"smart_crop", "upscale", b"upscale", "watermark", b"watermark"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "resize", b"resize", "smart_crop", b"smart_crop", "watermark", b"watermark"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "remove_background", b"remove_background", "resize", b"resize", "smart_crop", b"smart_crop", "upscale", b"upscale", "watermark", b"watermark"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["resize", "smart_crop", "watermark"]  # noqa: Y015
+        _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["resize", "smart_crop", "watermark", "remove_background", "upscale"]  # noqa: Y015
         _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
         def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -666,6 +690,134 @@ class Watermark(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_mark) -> _WhichOneofReturnType_mark | None: ...
 
 Global___Watermark: _TypeAlias = Watermark  # noqa: Y015
+
+@_typing.final
+class RemoveBackground(_message.Message):
+    """Keeps what the picture is of, and makes the rest transparent or something else."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Defocus(_message.Message):
+        """How far out of focus."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        RADIUS_FIELD_NUMBER: _builtins.int
+        radius: _builtins.float
+        """Standard deviation, as a share of the longer side; default 0.02."""
+        def __init__(
+            self,
+            *,
+            radius: _builtins.float | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_radius", b"_radius", "radius", b"radius"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_radius", b"_radius", "radius", b"radius"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__radius: _TypeAlias = _typing.Literal["radius"]  # noqa: Y015
+        _WhichOneofArgType__radius: _TypeAlias = _typing.Literal["_radius", b"_radius"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__radius) -> _WhichOneofReturnType__radius | None: ...
+
+    @_typing.final
+    class Backdrop(_message.Message):
+        """An image as a background."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        FILE_ID_FIELD_NUMBER: _builtins.int
+        file_id: _builtins.str
+        """One of the caller's files."""
+        def __init__(
+            self,
+            *,
+            file_id: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["file_id", b"file_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    COLOUR_FIELD_NUMBER: _builtins.int
+    BLUR_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    colour: _builtins.str
+    """A colour, `#rrggbb`."""
+    format: Global___Format.ValueType
+    """Default: the input's format, or PNG where that cannot be written or, with nothing behind, knows no transparency."""
+    quality: _builtins.int
+    """1..100, for lossy formats; default 80."""
+    @_builtins.property
+    def blur(self) -> Global___RemoveBackground.Defocus:
+        """The picture's own background, out of focus."""
+
+    @_builtins.property
+    def image(self) -> Global___RemoveBackground.Backdrop:
+        """Another image; it fills the frame, what stands out of it is cut off evenly."""
+
+    def __init__(
+        self,
+        *,
+        colour: _builtins.str = ...,
+        blur: Global___RemoveBackground.Defocus | None = ...,
+        image: Global___RemoveBackground.Backdrop | None = ...,
+        format: Global___Format.ValueType = ...,
+        quality: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "behind", b"behind", "blur", b"blur", "colour", b"colour", "image", b"image", "quality", b"quality"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "behind", b"behind", "blur", b"blur", "colour", b"colour", "format", b"format", "image", b"image", "quality", b"quality"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
+    _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015
+    _WhichOneofReturnType_behind: _TypeAlias = _typing.Literal["colour", "blur", "image"]  # noqa: Y015
+    _WhichOneofArgType_behind: _TypeAlias = _typing.Literal["behind", b"behind"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quality) -> _WhichOneofReturnType__quality | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_behind) -> _WhichOneofReturnType_behind | None: ...
+
+Global___RemoveBackground: _TypeAlias = RemoveBackground  # noqa: Y015
+
+@_typing.final
+class Upscale(_message.Message):
+    """Makes an image larger, with detail where enlarging alone would blur. Transparency is enlarged without it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FACTOR_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    factor: _builtins.int
+    """How many times wider and higher; default 2."""
+    format: Global___Format.ValueType
+    """Default: the input's format, or PNG where that cannot be written."""
+    quality: _builtins.int
+    """1..100, for lossy formats; default 80."""
+    def __init__(
+        self,
+        *,
+        factor: _builtins.int | None = ...,
+        format: Global___Format.ValueType = ...,
+        quality: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_factor", b"_factor", "_quality", b"_quality", "factor", b"factor", "quality", b"quality"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_factor", b"_factor", "_quality", b"_quality", "factor", b"factor", "format", b"format", "quality", b"quality"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__factor: _TypeAlias = _typing.Literal["factor"]  # noqa: Y015
+    _WhichOneofArgType__factor: _TypeAlias = _typing.Literal["_factor", b"_factor"]  # noqa: Y015
+    _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
+    _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__factor) -> _WhichOneofReturnType__factor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quality) -> _WhichOneofReturnType__quality | None: ...
+
+Global___Upscale: _TypeAlias = Upscale  # noqa: Y015
 
 @_typing.final
 class ListOperationsRequest(_message.Message):

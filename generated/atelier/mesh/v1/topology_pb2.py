@@ -27,7 +27,7 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61telier/mesh/v1/topology.proto\x12\x0f\x61telier.mesh.v1\x1a\x1e\x61telier/policy/v1/policy.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa8\x04\n\x08Instance\x12\x1f\n\x0binstance_id\x18\x01 \x01(\tR\ninstanceId\x12\x18\n\x07\x61\x64\x64ress\x18\x02 \x01(\tR\x07\x61\x64\x64ress\x12\x18\n\x07version\x18\x03 \x01(\tR\x07version\x12\x12\n\x04zone\x18\x04 \x01(\tR\x04zone\x12\x38\n\x06health\x18\x05 \x01(\x0e\x32 .atelier.mesh.v1.Instance.HealthR\x06health\x12!\n\x0c\x63heck_output\x18\x06 \x01(\tR\x0b\x63heckOutput\x12\x39\n\nsince_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tsinceTime\x12\x14\n\x05\x61gent\x18\x08 \x01(\tR\x05\x61gent\x12\x18\n\x07process\x18\t \x01(\tR\x07process\x12#\n\radmin_address\x18\n \x01(\tR\x0c\x61\x64minAddress\x12\x1a\n\x08settings\x18\x0b \x01(\tR\x08settings\x12)\n\x10settings_refusal\x18\x0c \x01(\tR\x0fsettingsRefusal\x12 \n\x0b\x64\x65gradation\x18\r \x01(\tR\x0b\x64\x65gradation\"]\n\x06Health\x12\x16\n\x12HEALTH_UNSPECIFIED\x10\x00\x12\x12\n\x0eHEALTH_PASSING\x10\x01\x12\x12\n\x0eHEALTH_WARNING\x10\x02\x12\x13\n\x0fHEALTH_CRITICAL\x10\x03\"\x91\x01\n\x07Service\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x37\n\tinstances\x18\x02 \x03(\x0b\x32\x19.atelier.mesh.v1.InstanceR\tinstances\x12\x14\n\x05\x66\x61ult\x18\x03 \x01(\tR\x05\x66\x61ult\x12#\n\rfault_refusal\x18\x04 \x01(\tR\x0c\x66\x61ultRefusal\"\xf8\x01\n\x06\x43lient\x12\x17\n\x07node_id\x18\x01 \x01(\tR\x06nodeId\x12\x18\n\x07service\x18\x02 \x01(\tR\x07service\x12\x12\n\x04zone\x18\x03 \x01(\tR\x04zone\x12#\n\rcontrol_plane\x18\x04 \x01(\tR\x0c\x63ontrolPlane\x12=\n\x0c\x63onnect_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0b\x63onnectTime\x12\x43\n\rsubscriptions\x18\x06 \x03(\x0b\x32\x1d.atelier.mesh.v1.SubscriptionR\rsubscriptions\"\x88\x02\n\x0cSubscription\x12\x12\n\x04type\x18\x01 \x01(\tR\x04type\x12\x31\n\x14\x61\x63knowledged_version\x18\x02 \x01(\tR\x13\x61\x63knowledgedVersion\x12!\n\x0csent_version\x18\x03 \x01(\tR\x0bsentVersion\x12\x18\n\x07refusal\x18\x04 \x01(\tR\x07refusal\x12;\n\x0brefuse_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nrefuseTime\x12\x37\n\tresources\x18\x06 \x03(\x0b\x32\x19.atelier.mesh.v1.ResourceR\tresources\"z\n\x08Resource\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x31\n\x14\x61\x63knowledged_version\x18\x02 \x01(\tR\x13\x61\x63knowledgedVersion\x12\'\n\x0fpresent_version\x18\x03 \x01(\tR\x0epresentVersion\"n\n\nPermission\x12\x16\n\x06\x63\x61ller\x18\x01 \x01(\tR\x06\x63\x61ller\x12\x16\n\x06\x63\x61llee\x18\x02 \x01(\tR\x06\x63\x61llee\x12\x18\n\x07methods\x18\x03 \x03(\tR\x07methods\x12\x16\n\x06\x64\x65nied\x18\x04 \x01(\x08R\x06\x64\x65nied\"6\n\x12GetTopologyRequest\x12 \n\x07service\x18\x01 \x01(\tB\x06\x92\xb5\x18\x02 dR\x07service\"\xae\x02\n\x13GetTopologyResponse\x12\x34\n\x08services\x18\x01 \x03(\x0b\x32\x18.atelier.mesh.v1.ServiceR\x08services\x12\x31\n\x07\x63lients\x18\x02 \x03(\x0b\x32\x17.atelier.mesh.v1.ClientR\x07\x63lients\x12=\n\x0bpermissions\x18\x03 \x03(\x0b\x32\x1b.atelier.mesh.v1.PermissionR\x0bpermissions\x12%\n\x0e\x63ontrol_planes\x18\x04 \x03(\tR\rcontrolPlanes\x12\x32\n\x15silent_control_planes\x18\x05 \x03(\tR\x13silentControlPlanes\x12\x14\n\x05stale\x18\x06 \x01(\x08R\x05stale\"6\n\x12ListClientsRequest\x12 \n\x07service\x18\x01 \x01(\tB\x06\x92\xb5\x18\x02 dR\x07service\"H\n\x13ListClientsResponse\x12\x31\n\x07\x63lients\x18\x01 \x03(\x0b\x32\x17.atelier.mesh.v1.ClientR\x07\x63lients2\x8e\x02\n\x0fTopologyService\x12\x88\x01\n\x0bGetTopology\x12#.atelier.mesh.v1.GetTopologyRequest\x1a$.atelier.mesh.v1.GetTopologyResponse\".\x90\x02\x01\x8a\xb5\x18\n\x08\x03\x1a\x02\x08\x05 \x01\x30\x01\x82\xd3\xe4\x93\x02\x17\x12\x15/api/v1/mesh/topology\x12p\n\x0bListClients\x12#.atelier.mesh.v1.ListClientsRequest\x1a$.atelier.mesh.v1.ListClientsResponse\"\x16\x90\x02\x01\x8a\xb5\x18\x0f\x08\x04\x12\x07\x63ontrol\x1a\x02\x08\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61telier/mesh/v1/topology.proto\x12\x0f\x61telier.mesh.v1\x1a\x1e\x61telier/policy/v1/policy.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc4\x04\n\x08Instance\x12\x1f\n\x0binstance_id\x18\x01 \x01(\tR\ninstanceId\x12\x18\n\x07\x61\x64\x64ress\x18\x02 \x01(\tR\x07\x61\x64\x64ress\x12\x18\n\x07version\x18\x03 \x01(\tR\x07version\x12\x12\n\x04zone\x18\x04 \x01(\tR\x04zone\x12\x38\n\x06health\x18\x05 \x01(\x0e\x32 .atelier.mesh.v1.Instance.HealthR\x06health\x12!\n\x0c\x63heck_output\x18\x06 \x01(\tR\x0b\x63heckOutput\x12\x39\n\nsince_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tsinceTime\x12\x14\n\x05\x61gent\x18\x08 \x01(\tR\x05\x61gent\x12\x18\n\x07process\x18\t \x01(\tR\x07process\x12#\n\radmin_address\x18\n \x01(\tR\x0c\x61\x64minAddress\x12\x1a\n\x08settings\x18\x0b \x01(\tR\x08settings\x12)\n\x10settings_refusal\x18\x0c \x01(\tR\x0fsettingsRefusal\x12 \n\x0b\x64\x65gradation\x18\r \x01(\tR\x0b\x64\x65gradation\x12\x1a\n\x08\x63\x61pacity\x18\x0e \x01(\tR\x08\x63\x61pacity\"]\n\x06Health\x12\x16\n\x12HEALTH_UNSPECIFIED\x10\x00\x12\x12\n\x0eHEALTH_PASSING\x10\x01\x12\x12\n\x0eHEALTH_WARNING\x10\x02\x12\x13\n\x0fHEALTH_CRITICAL\x10\x03\"\x91\x01\n\x07Service\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x37\n\tinstances\x18\x02 \x03(\x0b\x32\x19.atelier.mesh.v1.InstanceR\tinstances\x12\x14\n\x05\x66\x61ult\x18\x03 \x01(\tR\x05\x66\x61ult\x12#\n\rfault_refusal\x18\x04 \x01(\tR\x0c\x66\x61ultRefusal\"\xf8\x01\n\x06\x43lient\x12\x17\n\x07node_id\x18\x01 \x01(\tR\x06nodeId\x12\x18\n\x07service\x18\x02 \x01(\tR\x07service\x12\x12\n\x04zone\x18\x03 \x01(\tR\x04zone\x12#\n\rcontrol_plane\x18\x04 \x01(\tR\x0c\x63ontrolPlane\x12=\n\x0c\x63onnect_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0b\x63onnectTime\x12\x43\n\rsubscriptions\x18\x06 \x03(\x0b\x32\x1d.atelier.mesh.v1.SubscriptionR\rsubscriptions\"\x88\x02\n\x0cSubscription\x12\x12\n\x04type\x18\x01 \x01(\tR\x04type\x12\x31\n\x14\x61\x63knowledged_version\x18\x02 \x01(\tR\x13\x61\x63knowledgedVersion\x12!\n\x0csent_version\x18\x03 \x01(\tR\x0bsentVersion\x12\x18\n\x07refusal\x18\x04 \x01(\tR\x07refusal\x12;\n\x0brefuse_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nrefuseTime\x12\x37\n\tresources\x18\x06 \x03(\x0b\x32\x19.atelier.mesh.v1.ResourceR\tresources\"z\n\x08Resource\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x31\n\x14\x61\x63knowledged_version\x18\x02 \x01(\tR\x13\x61\x63knowledgedVersion\x12\'\n\x0fpresent_version\x18\x03 \x01(\tR\x0epresentVersion\"n\n\nPermission\x12\x16\n\x06\x63\x61ller\x18\x01 \x01(\tR\x06\x63\x61ller\x12\x16\n\x06\x63\x61llee\x18\x02 \x01(\tR\x06\x63\x61llee\x12\x18\n\x07methods\x18\x03 \x03(\tR\x07methods\x12\x16\n\x06\x64\x65nied\x18\x04 \x01(\x08R\x06\x64\x65nied\"6\n\x12GetTopologyRequest\x12 \n\x07service\x18\x01 \x01(\tB\x06\x92\xb5\x18\x02 dR\x07service\"\xae\x02\n\x13GetTopologyResponse\x12\x34\n\x08services\x18\x01 \x03(\x0b\x32\x18.atelier.mesh.v1.ServiceR\x08services\x12\x31\n\x07\x63lients\x18\x02 \x03(\x0b\x32\x17.atelier.mesh.v1.ClientR\x07\x63lients\x12=\n\x0bpermissions\x18\x03 \x03(\x0b\x32\x1b.atelier.mesh.v1.PermissionR\x0bpermissions\x12%\n\x0e\x63ontrol_planes\x18\x04 \x03(\tR\rcontrolPlanes\x12\x32\n\x15silent_control_planes\x18\x05 \x03(\tR\x13silentControlPlanes\x12\x14\n\x05stale\x18\x06 \x01(\x08R\x05stale\"6\n\x12ListClientsRequest\x12 \n\x07service\x18\x01 \x01(\tB\x06\x92\xb5\x18\x02 dR\x07service\"H\n\x13ListClientsResponse\x12\x31\n\x07\x63lients\x18\x01 \x03(\x0b\x32\x17.atelier.mesh.v1.ClientR\x07\x63lients2\x8e\x02\n\x0fTopologyService\x12\x88\x01\n\x0bGetTopology\x12#.atelier.mesh.v1.GetTopologyRequest\x1a$.atelier.mesh.v1.GetTopologyResponse\".\x90\x02\x01\x8a\xb5\x18\n\x08\x03\x1a\x02\x08\x05 \x01\x30\x01\x82\xd3\xe4\x93\x02\x17\x12\x15/api/v1/mesh/topology\x12p\n\x0bListClients\x12#.atelier.mesh.v1.ListClientsRequest\x1a$.atelier.mesh.v1.ListClientsResponse\"\x16\x90\x02\x01\x8a\xb5\x18\x0f\x08\x04\x12\x07\x63ontrol\x1a\x02\x08\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,27 +43,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOPOLOGYSERVICE'].methods_by_name['ListClients']._loaded_options = None
   _globals['_TOPOLOGYSERVICE'].methods_by_name['ListClients']._serialized_options = b'\220\002\001\212\265\030\017\010\004\022\007control\032\002\010\002'
   _globals['_INSTANCE']._serialized_start=147
-  _globals['_INSTANCE']._serialized_end=699
-  _globals['_INSTANCE_HEALTH']._serialized_start=606
-  _globals['_INSTANCE_HEALTH']._serialized_end=699
-  _globals['_SERVICE']._serialized_start=702
-  _globals['_SERVICE']._serialized_end=847
-  _globals['_CLIENT']._serialized_start=850
-  _globals['_CLIENT']._serialized_end=1098
-  _globals['_SUBSCRIPTION']._serialized_start=1101
-  _globals['_SUBSCRIPTION']._serialized_end=1365
-  _globals['_RESOURCE']._serialized_start=1367
-  _globals['_RESOURCE']._serialized_end=1489
-  _globals['_PERMISSION']._serialized_start=1491
-  _globals['_PERMISSION']._serialized_end=1601
-  _globals['_GETTOPOLOGYREQUEST']._serialized_start=1603
-  _globals['_GETTOPOLOGYREQUEST']._serialized_end=1657
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=1660
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=1962
-  _globals['_LISTCLIENTSREQUEST']._serialized_start=1964
-  _globals['_LISTCLIENTSREQUEST']._serialized_end=2018
-  _globals['_LISTCLIENTSRESPONSE']._serialized_start=2020
-  _globals['_LISTCLIENTSRESPONSE']._serialized_end=2092
-  _globals['_TOPOLOGYSERVICE']._serialized_start=2095
-  _globals['_TOPOLOGYSERVICE']._serialized_end=2365
+  _globals['_INSTANCE']._serialized_end=727
+  _globals['_INSTANCE_HEALTH']._serialized_start=634
+  _globals['_INSTANCE_HEALTH']._serialized_end=727
+  _globals['_SERVICE']._serialized_start=730
+  _globals['_SERVICE']._serialized_end=875
+  _globals['_CLIENT']._serialized_start=878
+  _globals['_CLIENT']._serialized_end=1126
+  _globals['_SUBSCRIPTION']._serialized_start=1129
+  _globals['_SUBSCRIPTION']._serialized_end=1393
+  _globals['_RESOURCE']._serialized_start=1395
+  _globals['_RESOURCE']._serialized_end=1517
+  _globals['_PERMISSION']._serialized_start=1519
+  _globals['_PERMISSION']._serialized_end=1629
+  _globals['_GETTOPOLOGYREQUEST']._serialized_start=1631
+  _globals['_GETTOPOLOGYREQUEST']._serialized_end=1685
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=1688
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=1990
+  _globals['_LISTCLIENTSREQUEST']._serialized_start=1992
+  _globals['_LISTCLIENTSREQUEST']._serialized_end=2046
+  _globals['_LISTCLIENTSRESPONSE']._serialized_start=2048
+  _globals['_LISTCLIENTSRESPONSE']._serialized_end=2120
+  _globals['_TOPOLOGYSERVICE']._serialized_start=2123
+  _globals['_TOPOLOGYSERVICE']._serialized_end=2393
 # @@protoc_insertion_point(module_scope)

@@ -68,6 +68,7 @@ class Instance(_message.Message):
     SETTINGS_FIELD_NUMBER: _builtins.int
     SETTINGS_REFUSAL_FIELD_NUMBER: _builtins.int
     DEGRADATION_FIELD_NUMBER: _builtins.int
+    CAPACITY_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     """Its name in the registry, e.g. `task-1`."""
     address: _builtins.str
@@ -92,6 +93,10 @@ class Instance(_message.Message):
     """Why the newest `config/<service>` was not taken; empty when it was."""
     degradation: _builtins.str
     """What works less well though it gets calls, e.g. that a pool has no worker; empty when all is well."""
+    capacity: _builtins.str
+    """What it can do and how much at a time, a JSON object: of a media worker `slots`, `pools`, `models` and `device`.
+    Empty when it does not say.
+    """
     @_builtins.property
     def since_time(self) -> _timestamp_pb2.Timestamp:
         """Since when its health is so, as far as the answering control plane has seen."""
@@ -112,10 +117,11 @@ class Instance(_message.Message):
         settings: _builtins.str = ...,
         settings_refusal: _builtins.str = ...,
         degradation: _builtins.str = ...,
+        capacity: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["since_time", b"since_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "admin_address", b"admin_address", "agent", b"agent", "check_output", b"check_output", "degradation", b"degradation", "health", b"health", "instance_id", b"instance_id", "process", b"process", "settings", b"settings", "settings_refusal", b"settings_refusal", "since_time", b"since_time", "version", b"version", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "admin_address", b"admin_address", "agent", b"agent", "capacity", b"capacity", "check_output", b"check_output", "degradation", b"degradation", "health", b"health", "instance_id", b"instance_id", "process", b"process", "settings", b"settings", "settings_refusal", b"settings_refusal", "since_time", b"since_time", "version", b"version", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

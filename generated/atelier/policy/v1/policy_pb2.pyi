@@ -264,10 +264,13 @@ Global___Rules: _TypeAlias = Rules  # noqa: Y015
 
 POLICY_FIELD_NUMBER: _builtins.int
 BOUNDS_FIELD_NUMBER: _builtins.int
+POOL_FIELD_NUMBER: _builtins.int
 RULES_FIELD_NUMBER: _builtins.int
 policy: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, Global___Policy]
 """Required on every rpc of a first-party service."""
 bounds: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.FieldOptions, Global___Bounds]
 """Checked before a handler runs."""
+pool: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.FieldOptions, _builtins.str]
+"""The pool of workers that work with this field set needs; without one it is the least demanding."""
 rules: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MessageOptions, Global___Rules]
 """Rules that concern several fields of a message, checked before a handler runs."""

@@ -1,0 +1,70 @@
+"""Makes an image larger by a model, tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from pyvips import Image
+
+from services.media.domain import MAX_SIDE_PX, Model, OutputTooLarge, Upscale
+from services.media.operations import models
+from services.media.operations.image import Picture, Source
+
+TILES_AT_ONCE = 8  # enough to fill a batch, few enough that a large image does not keep others waiting
+Bytes = NDArray[np.uint8]
+
+
+def run(picture: Picture, operation: Upscale, _files: Mapping[str, Source]) -> Image:
+    width, height = picture.width * operation.factor, picture.height * operation.factor
+    _require_small_enough(width, height)
+    model = models.present().model("upscale")
+    _require_small_enough(picture.width * model.scale, picture.height * model.scale)  # what is held in memory
+    pixels: Bytes = picture.pixels().numpy()
+    large = Image.new_from_array(_enlarged(pixels[..., :3], model)).copy(interpretation="srgb")
+    large = _sized(large, width, height, "lanczos3")
+    if pixels.shape[2] == 4:
+        alpha = Image.new_from_array(np.ascontiguousarray(pixels[..., 3]))
+        large = large.bandjoin(_sized(alpha, width, height, "lanczos3"))
+    return large
+
+
+def _require_small_enough(width: int, height: int) -> None:
+    if max(width, height) > MAX_SIDE_PX:
+        raise OutputTooLarge(
+            f"The result would be {width} × {height} pixels; {MAX_SIDE_PX} a side are the most.",
+            metadata={"width": str(width), "height": str(height), "max": str(MAX_SIDE_PX)},
+        )
+
+
+def _sized(image: Image, width: int, height: int, kernel: str) -> Image:
+    if (image.width, image.height) == (width, height):
+        return image
+    return image.resize(width / image.width, vscale=height / image.height, kernel=kernel)
+
+
+def _enlarged(pixels: Bytes, model: Model) -> Bytes:
+    """Return `pixels` (rows, columns, 3) as the model enlarges them."""
+    rows, columns, _ = pixels.shape
+    margin, inner, scale = model.margin_px, model.side_px - 2 * model.margin_px, model.scale
+    # Mirrored at the edges, as far as there is something to mirror: a tile has always the same size.
+    right, below = margin + -columns % inner, margin + -rows % inner
+    padded = np.pad(pixels, ((margin, below), (margin, right), (0, 0)), mode="symmetric")
+    large = np.empty((rows * scale, columns * scale, 3), np.uint8)
+    places = [(top, left) for top in range(0, rows, inner) for left in range(0, columns, inner)]
+    for some in _portions(places):
+        tiles = np.stack([padded[top : top + model.side_px, left : left + model.side_px] for top, left in some])
+        items = (tiles.astype(np.float32) / 255 - np.array(model.mean, np.float32)) / np.array(model.std, np.float32)
+        made = models.present().run(model, np.ascontiguousarray(items.transpose(0, 3, 1, 2)))
+        made = (made.transpose(0, 2, 3, 1).clip(0, 1) * 255).round()
+        edge = margin * scale
+        for (top, left), tile in zip(some, made, strict=True):
+            room = large[top * scale : (top + inner) * scale, left * scale : (left + inner) * scale]
+            room[:] = tile[edge : edge + room.shape[0], edge : edge + room.shape[1]]
+    return large
+
+
+def _portions(places: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    for first in range(0, len(places), TILES_AT_ONCE):
+        yield places[first : first + TILES_AT_ONCE]
