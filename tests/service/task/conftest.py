@@ -91,6 +91,7 @@ class Bus:
     def __init__(self) -> None:
         self.away = False
         self.workers = 1
+        self.workerless = ""
         self.waiting: list[Message] = []
         self._listeners: list[asyncio.Queue[bytes]] = []
 
@@ -107,10 +108,10 @@ class Bus:
     async def depth(self, queue: str) -> int:
         return sum(message.routing_key == queue for message in self.waiting)
 
-    async def consumers(self, _queue: str) -> int:
+    async def consumers(self, queue: str) -> int:
         if self.away:
             raise Unavailable("away")
-        return self.workers
+        return 0 if queue == self.workerless else self.workers
 
     async def publish(self, *messages: Message) -> None:
         self.waiting += messages
