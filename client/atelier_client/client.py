@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, urlencode
@@ -90,10 +91,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What `Atelier.run` made."""
+    """What `Atelier.run` made: most operations one file, some several, in order."""
 
     task: Task
-    file: File
+    files: Sequence[File]
+
+    @property
+    def file(self) -> File:
+        return self.files[0]
 
 
 class Atelier:
@@ -407,7 +412,7 @@ class Atelier:
             raise
         if task.state != Task.STATE_SUCCEEDED:
             raise TaskNotDone(task)
-        return Result(task, await _patiently(lambda: self.file(task.output_file_ids[0])))
+        return Result(task, [await _patiently(partial(self.file, file_id)) for file_id in task.output_file_ids])
 
     async def run_batch(
         self,

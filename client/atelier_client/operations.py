@@ -11,8 +11,10 @@ import click
 from atelier.media.v1 import media_pb2
 from atelier.media.v1.media_pb2 import Operation
 from atelier.policy.v1 import policy_pb2
+from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
 from atelier_client.comments import installed as comments
 
@@ -55,7 +57,7 @@ class Parameter:
             type=_type(self.field, self.bounds),
             multiple=self.field.is_repeated,
             help=help_text.strip(),
-            metavar="PATH|ID" if self.bounds.file else None,
+            metavar="PATH|ID" if self.bounds.file else "JSON" if self.field.message_type is not None else None,
         )
 
 
@@ -74,7 +76,7 @@ def parameters(descriptor: Descriptor | None, path: tuple[FieldDescriptor, ...] 
     required = [field for field in descriptor.fields if _bounds(field).required]
     for field in descriptor.fields:
         below = (*path, field)
-        if field.message_type is not None:
+        if field.message_type is not None and not field.is_repeated:
             yield from parameters(field.message_type, below)
         elif path and required == [field]:
             yield Parameter(below, "_".join(each.name for each in path))
@@ -131,17 +133,34 @@ def _type(field: FieldDescriptor, bounds: policy_pb2.Bounds) -> click.ParamType[
         return click.FloatRange(low, high)
     if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
         return click.BOOL
-    if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
+    if field.cpp_type in (FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_MESSAGE):
         return click.STRING
     return click.IntRange(None if low is None else int(low), None if high is None else int(high))
 
 
 def _set(target: Any, field: FieldDescriptor, value: Any) -> None:
-    each = [_number(field, one) for one in (value if field.is_repeated else [value])]
+    each = [
+        _number(field, one) if field.message_type is None else _message(field.message_type, one)
+        for one in (value if field.is_repeated else [value])
+    ]
     if field.is_repeated:
         getattr(target, field.name).extend(each)
     else:
         setattr(target, field.name, each[0])
+
+
+def _message(kind: Descriptor, text: str) -> Message:
+    """Return a message of `kind` from its JSON.
+
+    Raises:
+        click.UsageError: it is none.
+    """
+    message: Message = GetMessageClass(kind)()
+    try:
+        return json_format.Parse(text, message)
+    except json_format.ParseError as fault:
+        example = f"""{{"{kind.fields[0].json_name}": …}}"""
+        raise click.UsageError(f"{text} is no {kind.name} in JSON, e.g. {example}: {fault}") from fault
 
 
 def _number(field: FieldDescriptor, value: Any) -> Any:
@@ -183,7 +202,7 @@ def _missing(
             yield f"Give {' or '.join(map(option_name, group))}."
     field: Any  # the stubs know two classes of it, which are one
     for field in descriptor.fields:
-        if field.message_type is not None:
+        if field.message_type is not None and not field.is_repeated:
             if field.name in set_names:
                 yield from _missing(getattr(message, field.name), (*path, field), names)
         elif _bounds(field).required and field.name not in set_names:

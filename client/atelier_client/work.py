@@ -131,9 +131,14 @@ def _runner(kind: FieldDescriptor) -> click.Command:
                 answer = {"task": document(task)}
                 text = f"{task.task_id}\nFollow it with: atelier tasks watch {task.task_id}"
             else:
-                result, size_bytes = await _finished(atelier, steps, files[0], operation, output, deadline=limit)
-                answer = {"task": document(result.task), "output": output, "file": document(result.file)}
-                text = f"{'standard output' if output == STANDARD else output}: {size(size_bytes)}"
+                result, paths, sizes = await _finished(atelier, steps, files[0], operation, output, deadline=limit)
+                answer = {"task": document(result.task), "output": paths[0], "file": document(result.file)}
+                if len(paths) > 1:
+                    answer |= {"outputs": paths, "files": [document(each) for each in result.files]}
+                text = "\n".join(
+                    f"{'standard output' if path == STANDARD else path}: {size(size_bytes)}"
+                    for path, size_bytes in zip(paths, sizes, strict=True)
+                )
         # After the bar has gone, which would take the line with it.
         if output == STANDARD and not detach:
             shell.say(text)
@@ -151,7 +156,7 @@ def _runner(kind: FieldDescriptor) -> click.Command:
                 ["-o", "--output"],
                 metavar="PATH",
                 help="Where the result goes; - is standard output. Its extension gives the format, or --format does. "
-                "Of several files, the folder where the results go, by the files' names.",
+                "Of several files, the folder where the results go, by the files' names. Several results are numbered.",
             ),
             click.Option(
                 ["--deadline"],
@@ -207,11 +212,12 @@ async def _many(
                 failed.append(document(task))
                 lines.append(f"{file.name}: {TaskNotDone(task).message}")
                 continue
-            result = await atelier.file(task.output_file_ids[0])
-            path = Path(folder) / f"{Path(file.name).stem}{Path(result.name).suffix}"
-            written = await _fetched(atelier, result, str(path), steps)
-            done.append({"task": document(task), "output": str(path), "file": document(result)})
-            lines.append(f"{path}: {size(written)}")
+            results = [await atelier.file(file_id) for file_id in task.output_file_ids]
+            paths = _paths(str(Path(folder) / f"{Path(file.name).stem}{Path(results[0].name).suffix}"), results)
+            for result, path in zip(results, paths, strict=True):
+                written = await _fetched(atelier, result, path, steps)
+                done.append({"task": document(task), "output": path, "file": document(result)})
+                lines.append(f"{path}: {size(written)}")
     except asyncio.CancelledError as interruption:
         text = (
             f"Interrupted; what was left of the batch {batch.batch_id} is cancelled."
@@ -233,7 +239,15 @@ for _kind in operations.KINDS:
 
 def _with_format(known: list[operations.Parameter], values: Mapping[str, Any], output: str | None) -> dict[str, Any]:
     """Return the options' values with the format that the output's extension says, where none was given."""
-    lacking = [each.name for each in known if each.is_format and values[each.name] is None]
+    chosen = {each.path[0] for each in known if len(each.path) > 1 and values[each.name] not in (None, ())}
+    lacking = [
+        each.name
+        for each in known
+        if each.is_format
+        and values[each.name] is None
+        # Of several ways to end, e.g. a pipeline's, that which was chosen, or the one that needs nothing but a format.
+        and (len(each.path) == 1 or each.path[0] in chosen or (not chosen and each.name == each.path[0].name))
+    ]
     if output is None or output == STANDARD or not lacking:
         return dict(values)
     return {**values, **dict.fromkeys(lacking, operations.format_of(Path(output)))}
@@ -241,8 +255,8 @@ def _with_format(known: list[operations.Parameter], values: Mapping[str, Any], o
 
 async def _finished(
     atelier: Atelier, steps: Steps, file: File, operation: Operation, output: str, *, deadline: timedelta | None
-) -> tuple[client.Result, int]:
-    """Return what was made, and how many bytes it has, once they are at `output`."""
+) -> tuple[client.Result, list[str], list[int]]:
+    """Return what was made, where it is now, and how many bytes each file has."""
     task = Task()
 
     def on_progress(progress: client.Progress) -> None:
@@ -252,9 +266,26 @@ async def _finished(
 
     try:
         result = await atelier.run(file, operation, deadline=deadline, on_progress=on_progress)
-        return result, await _fetched(atelier, result.file, output, steps)
+        paths = _paths(output, result.files)
+        sizes = [await _fetched(atelier, *each, steps) for each in zip(result.files, paths, strict=True)]
     except asyncio.CancelledError as interruption:
         raise _interrupted(task) from interruption
+    return result, paths, sizes
+
+
+def _paths(output: str, files: Sequence[File]) -> list[str]:
+    """Return where files go: one to `output`, several beside it, numbered, each with its own extension.
+
+    Raises:
+        click.UsageError: several on standard output.
+    """
+    if len(files) == 1:
+        return [output]
+    if output == STANDARD:
+        ids = " ".join(file.file_id for file in files)
+        raise click.UsageError(f"There are {len(files)} results, and standard output takes one: {ids}.")
+    path = Path(output)
+    return [str(path.with_name(f"{path.stem}-{n}{Path(file.name).suffix}")) for n, file in enumerate(files, 1)]
 
 
 def _interrupted(task: Task) -> Interrupted:

@@ -250,8 +250,12 @@ class Installation(
                 task.error.message, task.error.reason = "The image is damaged.", "INPUT_DAMAGED"
             else:
                 task.state = Task.STATE_SUCCEEDED
-                task.output_file_ids.append(self.keep("result.webp", "image/webp", RESULT).file_id)
+                self.give_results(task)
         return before
+
+    def give_results(self, task: Task) -> None:
+        for _ in task.operation.thumbnails.sizes or [None]:
+            task.output_file_ids.append(self.keep("result.webp", "image/webp", RESULT).file_id)
 
     async def CancelTaskBatch(self, request, context):
         await self.require_token(context)
@@ -306,7 +310,7 @@ class Installation(
             task.error.message, task.error.reason = "The image is damaged.", "INPUT_DAMAGED"
         elif task.state == Task.STATE_RUNNING:
             task.state = Task.STATE_SUCCEEDED
-            task.output_file_ids.append(self.keep("result.webp", "image/webp", RESULT).file_id)
+            self.give_results(task)
         yield task_pb2.WatchTaskResponse(task=task, cursor="3")
 
     async def CancelTask(self, request, context):

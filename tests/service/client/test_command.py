@@ -172,6 +172,35 @@ async def test_a_run_answers_programs_with_one_document(person: Person) -> None:
     assert answer["file"]["sizeBytes"] == str(len(RESULT))
 
 
+async def test_several_results_are_numbered_beside_each_other(person: Person, installation: Installation) -> None:
+    photo(person)
+    await person.registers()
+    sizes = ("--sizes", '{"width": 8}', "--sizes", '{"width": 9}')
+
+    code, out, err = await person.types("run", "thumbnails", "photo.jpg", *sizes, "-o", "small.jpg")
+    refused, _, complaint = await person.types("run", "thumbnails", "photo.jpg", *sizes, "-o", "-")
+
+    assert (code, out.decode()) == (0, "".join(f"small-{n}.webp: {len(RESULT)} B\n" for n in (1, 2))), err
+    assert [(person.folder / f"small-{n}.webp").read_bytes() for n in (1, 2)] == [RESULT, RESULT]
+    assert [each.width for each in installation.tasks["tsk_1"].operation.thumbnails.sizes] == [8, 9]
+    assert (refused, "There are 2 results" in complaint) == (2, True)
+
+
+async def test_an_extension_says_the_format_of_the_end_that_was_chosen(
+    person: Person, installation: Installation
+) -> None:
+    photo(person)
+    await person.registers()
+    steps = ("run", "pipeline", "photo.jpg", "--steps", '{"resize": {"width": 8}}', "-o", "small.webp")
+
+    await person.types(*steps)
+    await person.types(*steps, "--compress", "5000")
+
+    converted, compressed = (installation.tasks[task_id].operation.pipeline for task_id in ("tsk_1", "tsk_2"))
+    assert (converted.WhichOneof("end"), converted.convert.format) == ("convert", FORMAT_WEBP)
+    assert (compressed.compress.max_bytes, compressed.compress.format) == (5000, FORMAT_WEBP)
+
+
 async def test_a_result_goes_to_standard_output_untouched(person: Person) -> None:
     photo(person)
     await person.registers()

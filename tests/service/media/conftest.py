@@ -104,7 +104,7 @@ class Tasks(task_pb2_grpc.TaskServiceServicer):
             self._require_lease(request.task_id)
         except LeaseLost as refusal:
             return status.to_status(refusal)
-        self.completed[request.task_id] = request.output_file_ids[0]
+        self.completed[request.task_id] = " ".join(request.output_file_ids)
         return status_pb2.Status()
 
     async def FailTask(self, request, _):
@@ -152,8 +152,10 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
     async def write(self, request: Request) -> Response:
         content = await request.body()
         capability = request.headers["x-atelier-capability"]
-        self.results[capability] = (request.query_params["name"], request.headers["content-type"], content)
-        return JSONResponse({"fileId": f"fil_of_{capability}"})
+        index = request.query_params["index"]
+        at = capability if index == "0" else f"{capability}-{index}"
+        self.results[at] = (request.query_params["name"], request.headers["content-type"], content)
+        return JSONResponse({"fileId": f"fil_of_{at}"})
 
     async def DiscardResult(self, request, _):
         self.discarded.append(request.capability)

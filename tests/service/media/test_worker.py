@@ -57,6 +57,19 @@ async def test_a_slot_that_becomes_free_uses_the_permit_in_hand(start: Start):
     assert world.tasks.claims in (3, 4)  # one for each permit; the last task's slot has none and looks once more
 
 
+async def test_a_task_may_have_several_results_in_order(start: Start):
+    world = await start()
+    sizes = [media_pb2.Resize(width=width, format=media_pb2.FORMAT_WEBP) for width in (100, 50, 200)]
+
+    task_id = world.do(media_pb2.Operation(thumbnails=media_pb2.Thumbnails(sizes=sizes)))
+
+    completed = await eventually(lambda: world.tasks.completed.get(task_id))
+    assert completed == f"fil_of_may-{task_id} fil_of_may-{task_id}-1 fil_of_may-{task_id}-2"
+    names = [world.storage.results[each.removeprefix("fil_of_")][0] for each in completed.split()]
+    assert names == ["rocket-100x67.webp", "rocket-50x33.webp", "rocket-200x133.webp"]
+    await eventually(lambda: not world.left_behind())
+
+
 async def test_a_name_in_any_script_is_kept(start: Start):
     world = await start()
     world.storage.inputs["fil_x"] = ("富士山 für alle.jpg", world.storage.inputs["fil_rocket"][1])
