@@ -45,7 +45,7 @@ def test_thumbnails_come_in_order_each_as_a_resize_alone_would_give_it(run, run_
         alone, _ = run(size, rocket)
         assert (image.size, image.format) == (alone.size, alone.format)
         assert (written.width, written.height) == image.size
-        assert difference(image, alone) < 3
+        assert difference(image, alone) < 6  # by other filters; another image would differ by far more
 
 
 @pytest.mark.parametrize("width", [1, 639, 640])
@@ -56,11 +56,12 @@ def test_a_set_of_one_is_a_resize(run, rocket, width):
 
 
 def test_thumbnails_are_decoded_as_small_as_the_largest_allows(run_all, rocket):
-    """A JPEG opened for five sizes is opened as often as for one."""
-    one = opened_and_closed(rocket, lambda: run_all(Thumbnails(sizes=SIZES[:1]), rocket))
+    """A file is opened for five sizes as often as for the largest alone."""
+    largest = max(SIZES, key=lambda size: size.width or 0)
 
-    assert opened_and_closed(rocket, lambda: run_all(Thumbnails(sizes=SIZES), rocket)) == one
-    assert one <= opened_and_closed(rocket, lambda: run_all(SIZES[0], rocket))
+    alone = opened_and_closed(rocket, lambda: run_all(largest, rocket))
+
+    assert opened_and_closed(rocket, lambda: run_all(Thumbnails(sizes=SIZES), rocket)) == alone
 
 
 STEPS = (
