@@ -72,6 +72,7 @@ def test_a_refusal_is_shown_until_the_next_is_taken() -> None:
 
 def test_an_instance_is_shown_with_its_check_its_process_and_its_settings() -> None:
     meta = {"process": "7", "admin": "127.0.0.1:9", "settings": "{}", "settings_refused": "no", "degraded": "slow"}
+    meta["capacity"] = '{"slots": 2}'
     seen = Seen(Instance("h", 1, "task-1", "0.1.0", "a"), "critical", "refused", NOON, "agent-1", meta)
     faults = Faults({"task": Fault(abort_code="INTERNAL", abort_fraction=1)}, {"task": "bad"})
 
@@ -85,6 +86,7 @@ def test_an_instance_is_shown_with_its_check_its_process_and_its_settings() -> N
     assert instance.since_time.ToDatetime(UTC) == NOON
     assert (instance.agent, instance.process, instance.admin_address) == ("agent-1", "7", "127.0.0.1:9")
     assert (instance.settings, instance.settings_refusal, instance.degradation) == ("{}", "no", "slow")
+    assert instance.capacity == '{"slots": 2}'
 
 
 def test_permissions_are_what_the_policies_say() -> None:
