@@ -153,8 +153,8 @@ FAULTS = {
     ),
     "acknowledged before it was handled": Fault(
         "mesh/broker.py",
-        "    tries = 0\n    while True:",
-        "    tries = 0\n    await messages[-1].ack(multiple=True)\n    while True:",
+        "        tries = 0\n        while True:",
+        "        tries = 0\n        await last.ack(multiple=True)\n        while True:",
         "user",
         killed_with_a_message_in_hand,
         "is CANCELLED, its reservation 1 is bound, not released",
