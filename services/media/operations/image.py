@@ -42,7 +42,7 @@ _UNBOUNDED_PX = 10_000_000  # libvips' VIPS_MAX_COORD: a box that shrinks nothin
 
 _OPTIONS: Mapping[Format, dict[str, Any]] = {
     Format.JPEG: {"optimize_coding": True},
-    # Against 6 without a filter: photographs a third smaller, in half the time; drawings a tenth larger.
+    # Against 6 without a filter: photographs 10 to 40 % smaller, no slower; drawings up to a fifth larger.
     Format.PNG: {"compression": 3, "filter": "up"},
     Format.WEBP: {"effort": 4},
     # Effort 4, the default, takes three times as long for 3 % less.

@@ -56,8 +56,6 @@ class Loaded:
         options.log_severity_level = 3  # errors; they are raised, too
         # A plan of the memory, made anew for each size of batch, holds half as much again as is needed.
         options.enable_mem_pattern = False
-        # Threads that wait by computing would take the cores from the processes that decode and encode.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         providers: list[Any] = ["CPUExecutionProvider"]
         if on_cuda:
             onnxruntime.preload_dlls()  # CUDA's own libraries, where they are Python packages
