@@ -152,25 +152,15 @@ class Inference:
 
     async def run(self) -> None:
         """Keep it there while it is wanted; when cancelled, end it."""
-        config = self._config
         try:
             while True:
                 await self._asked()
-                self.process = await _begun(
-                    "services.media.worker.inference",
-                    str(self._listening.fileno()),
-                    str(config.weights_dir),
-                    json.dumps(
-                        {
-                            "memory_bytes": config.model_memory_bytes,
-                            "batch": config.model_batch,
-                            "batch_seconds": config.model_batch_seconds,
-                            "compute_seconds": config.job_seconds,
-                        }
-                    ),
-                    pass_fds=[self._listening.fileno()],
-                )
-                status = await self.process.wait()
+                try:
+                    self.process = await self._begun()
+                    status = await self.process.wait()
+                except OSError:  # the machine has no room for a process; soon it may have
+                    log.exception("models could not begin")
+                    status = 1
                 log.log(logging.WARNING if status else logging.INFO, "models ended", extra={"status": status})
                 if status:
                     self._turn_away()
@@ -180,6 +170,21 @@ class Inference:
                     self.process.kill()
                 await self.process.wait()
             self._listening.close()
+
+    async def _begun(self) -> Process:
+        settings = {
+            "memory_bytes": self._config.model_memory_bytes,
+            "batch": self._config.model_batch,
+            "batch_seconds": self._config.model_batch_seconds,
+            "compute_seconds": self._config.job_seconds,
+        }
+        return await _begun(
+            "services.media.worker.inference",
+            str(self._listening.fileno()),
+            str(self._config.weights_dir),
+            json.dumps(settings),
+            pass_fds=[self._listening.fileno()],
+        )
 
     async def _asked(self) -> None:
         asked, loop = asyncio.Event(), asyncio.get_running_loop()
