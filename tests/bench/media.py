@@ -6,13 +6,14 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from tests.photographs import twelve_megapixels
 CORES = os.cpu_count() or 1
 MIB = 1024**2
 LOOK_SECONDS = 0.05
-REMBG = Path(__file__).with_name("rembg_peer.py")
+HERE = Path(__file__).parent
 
 CUT_OUTS = (
     "12-megapixel JPEGs, each another file, in; PNGs with transparency out. Ours: a batch of tasks through the edge, "
@@ -50,6 +51,12 @@ MODEL = (
     f"Items of 3 x 320 x 320 through u2netp. Ours: {CORES} threads that ask the worker's process with the models, one "
     "item each at a time, by its socket. onnxruntime: `InferenceSession.run` in a loop, with its own defaults, and the "
     "same priority."
+)
+ALONE = (
+    "12-megapixel JPEGs, each another file, to JPEGs of at most 1,024 pixels a side, and to WebPs of their own size. "
+    "Ours: a batch of tasks through the edge, storage, broker and one worker, one replica of each service on SQLite, "
+    "until the last has ended; their uploads are not counted. sharp: files to files by Node.js, each round the faster "
+    f"of its default and {CORES} images at a time with a thread each. Pillow: {CORES} processes."
 )
 MEMORY = (
     "The most memory that the process had which decodes and encodes, for images of 12 and of 48 megapixels, each in a "
@@ -91,22 +98,41 @@ def peak_bytes(process: psutil.Process) -> int:
 
 
 @contextmanager
-def rembg(processes_: int) -> Iterator[Callable[[Path], dict[str, float]]]:
-    """Hold rembg; what is yielded makes cut-outs of a folder's files."""
-    command: list[str | Path] = ["nice", "-n", str(NICE), peers.python_with("rembg"), REMBG, str(processes_)]
-    environment = {**os.environ, "U2NET_HOME": str(WEIGHTS)}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as peer:
-        assert peer.stdin is not None
-        assert peer.stdout is not None
+def peer(*command: str | Path, **environment: str) -> Iterator[Callable[..., dict[str, float]]]:
+    """Hold a program that is told on a line what to do to a folder's files, and says how long that took."""
+    with subprocess.Popen(
+        ["nice", "-n", str(NICE), *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    ) as running_:
+        assert running_.stdin is not None
+        assert running_.stdout is not None
 
-        def cut_out(folder: Path) -> dict[str, float]:
-            print(folder, file=peer.stdin, flush=True)
-            return json.loads(peer.stdout.readline())
+        def do(folder: Path, *work: str) -> dict[str, float]:
+            print(folder, *work, file=running_.stdin, flush=True)
+            return json.loads(running_.stdout.readline())
 
         try:
-            yield cut_out
+            yield do
         finally:
-            peer.stdin.close()
+            running_.stdin.close()
+
+
+def rembg(processes_: int) -> AbstractContextManager[Callable[..., dict[str, float]]]:
+    """Return rembg, which makes cut-outs of a folder's files."""
+    return peer(peers.python_with("rembg"), HERE / "rembg_peer.py", str(processes_), U2NET_HOME=str(WEIGHTS))
+
+
+def sharp(at_a_time: int) -> AbstractContextManager[Callable[..., dict[str, float]]]:
+    program = peers.node_with("sharp") / "sharp_peer.mjs"  # Node.js looks for what it imports beside it
+    shutil.copyfile(HERE / program.name, program)
+    return peer("node", program, str(at_a_time))
+
+
+def pillow() -> AbstractContextManager[Callable[..., dict[str, float]]]:
+    return peer(sys.executable, HERE / "pillow_peer.py", str(CORES))
 
 
 def folder_of(parent: Path, name: str, content: bytes, numbers: range) -> Path:
@@ -116,6 +142,57 @@ def folder_of(parent: Path, name: str, content: bytes, numbers: range) -> Path:
     for number in numbers:
         (folder / f"{number}.jpg").write_bytes(numbered(content, number))
     return folder
+
+
+async def uploaded(person: Person, content: bytes, numbers: range) -> list[str]:
+    """Upload numbered JPEGs and return their ids."""
+    await person.sign_in()
+    found = []
+    for number in numbers:
+        body = numbered(content, number)
+        file = await asked(person, "POST", "files", params={"name": f"{number}.jpg"}, content=body)
+        found.append(file["fileId"])
+    return found
+
+
+async def resize_and_convert(options: argparse.Namespace) -> None:
+    """Time what libvips does, through all of Atelier, against sharp and Pillow alone."""
+    work = {
+        "resize": {"resize": {"width": 1024, "height": 1024, "format": "FORMAT_JPEG"}},
+        "convert": {"convert": {"format": "FORMAT_WEBP"}},
+    }
+    count = options.images * 5  # each takes a tenth of what a cut-out takes
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        content = twelve_megapixels(root / "large.jpg").read_bytes()
+        contestants = {
+            "sharp": [stack.enter_context(sharp(at_a_time)) for at_a_time in sorted({1, CORES})],
+            "Pillow": [stack.enter_context(pillow())],
+        }
+        found = {name: {kind: Figures(name) for kind in work} for name in ("Atelier, all of it", *contestants)}
+        mesh = stack.enter_context(running(root / "var", settings=UNLIMITED))
+        async with registered(mesh.url) as person:
+            await signed_in(mesh, person, 2 * (options.rounds + 1) * count)
+            for round_ in range(options.rounds + 1):  # the first warms up
+                numbers = range(round_ * count, (round_ + 1) * count)
+                file_ids, folder = (
+                    await uploaded(person, content, numbers),
+                    folder_of(root, f"round-{round_}", content, numbers),
+                )
+                for kind, operation in work.items():
+                    taken = {"Atelier, all of it": await done(person, file_ids, operation)}
+                    for name, variants in contestants.items():
+                        taken[name] = min(do(folder, kind)["seconds"] for do in variants)
+                    if round_:
+                        for name, seconds in taken.items():
+                            found[name][kind].add(images=count / seconds)
+                shutil.rmtree(folder)
+    for kind in work:
+        ours, *others = (each[kind] for each in found.values())
+        ratios = {each.name: ours.ratios("images", each) for each in others}
+        tell(
+            f"{kind.title()}, 12 megapixels", ALONE, [ours, *others], {"images": "per s"}, ratios, as_json=options.json
+        )
 
 
 async def remove_background(options: argparse.Namespace) -> None:
@@ -132,13 +209,7 @@ async def remove_background(options: argparse.Namespace) -> None:
             await signed_in(mesh, person, (options.rounds + 1) * options.images)
             for round_ in range(options.rounds + 1):  # the first warms up
                 numbers = range(round_ * options.images, (round_ + 1) * options.images)
-                await person.sign_in()
-                file_ids = []
-                for number in numbers:
-                    body = numbered(content, number)
-                    file = await asked(person, "POST", "files", params={"name": f"{number}.jpg"}, content=body)
-                    file_ids.append(file["fileId"])
-                seconds = await done(person, file_ids, {"removeBackground": {}})
+                seconds = await done(person, await uploaded(person, content, numbers), {"removeBackground": {}})
                 if round_ == 0:
                     continue
                 children = psutil.Process(mesh.pid("media-worker-1")).children()
@@ -219,7 +290,7 @@ async def memory(options: argparse.Namespace) -> None:
     tell("Memory of one background removed", said, [ours, theirs], units, {}, as_json=options.json)
 
 
-CONTESTS = (remove_background, model, memory)
+CONTESTS = (resize_and_convert, remove_background, model, memory)
 
 
 def main() -> None:

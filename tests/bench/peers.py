@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from scripts.local.layout import ROOT, TOOLS
+
+
+def node_with(name: str) -> Path:
+    """Return the folder of `node_modules` with what `requirements/<name>/` locks, installed at the first run."""
+    folder, lock = TOOLS / name, ROOT / "requirements" / name
+    if shutil.which("npm") is None:
+        raise SystemExit("This needs Node.js and npm (Debian 12: apt-get install nodejs npm).")
+    mark, wanted = folder / "lock", (lock / "package-lock.json").read_text()
+    if not mark.exists() or mark.read_text() != wanted:
+        shutil.copytree(lock, folder, dirs_exist_ok=True)
+        subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=folder, check=True, stdout=sys.stderr)
+        mark.write_text(wanted)
+    return folder
 
 
 def python_with(name: str) -> Path:

@@ -1,7 +1,7 @@
 """Pillow as a user of it would call it on many files: `pillow_peer PROCESSES`.
 
-Each line on standard input is a folder and what to do, `resize` or `convert`: it is done to the folder's JPEGs, and a line
-of JSON tells how long that took.
+Each line on standard input is a folder and what to do, `resize` or `convert`: it is done to the folder's JPEGs, and a
+line of JSON tells how long that took.
 """
 
 import json
