@@ -18,6 +18,17 @@ class Config(ServiceConfig):
     service: ClassVar[str] = "media"
     model_config = SettingsConfigDict(env_prefix="MEDIA_")
 
+    slots: int = Field(default_factory=lambda: max(1, (os.cpu_count() or 1) // 2), ge=1)
+    """Renders that are made at a time, each by a process of its own; workers need the machine, too."""
+    job_seconds: int = Field(default=10, ge=1)
+    """Longest time that one render may take."""
+    job_memory_bytes: int = 1024**3
+    """Most memory that one render may take."""
+    renders_at_once: int = Field(default=64, ge=1)
+    """Different renders that are being made or wait for it; the next is refused."""
+    cache_bytes: int = Field(default=1024**3, ge=0)
+    """Most room on disk for renders that were made; those that were not asked for longest go first."""
+
 
 class WorkerConfig(ServiceConfig):
     """What a media worker must know."""

@@ -44,6 +44,11 @@ def operation_from(message: pb.Operation) -> domain.Work:
     return cast("domain.Work", _value(chosen, _BY_MESSAGE[chosen.DESCRIPTOR.name]))
 
 
+def resize_from(message: pb.RenderFileRequest) -> domain.Resize:
+    """Return what a render is to be, as far as it is said."""
+    return cast("domain.Resize", _value(message, domain.Resize))
+
+
 def comments(image: bytes, file: str) -> Comments:
     """Return the comments of one file of a serialized FileDescriptorSet that was built with them."""
     contract = next(each for each in FileDescriptorSet.FromString(image).file if each.name == file)

@@ -6,10 +6,13 @@ fields mean and may hold is said there, once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any, ClassVar
 
 from mesh.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Unavailable
 
@@ -137,6 +140,9 @@ class Work:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation(Work):
     """What turns an image into another; without a format most results have the input's, or are PNGs."""
+
+    VERSION: ClassVar[int] = 1
+    """Goes up with every change to what comes out, so that results of before are not taken for those of now."""
 
     format: Format | None = None
     quality: int = 80
@@ -414,3 +420,35 @@ def result_name(input_name: str, written: Written) -> str:
     stem = input_name.rpartition(".")[0] or input_name
     ending = f"-{written.width}x{written.height}.{written.format.value}"
     return stem[: MAX_NAME_LENGTH - len(ending)] + ending
+
+
+def canonical(operation: Operation, contents: Mapping[str, str]) -> str:
+    """Return all that an operation says, its defaults included, in the one way for all that say the same.
+
+    Args:
+        operation: whatever it leaves out stands in it as its default.
+        contents: what stands for the file of each id, since equal work may name other files of equal content.
+    """
+    return json.dumps(_plain(operation, contents), sort_keys=True, separators=(",", ":"))
+
+
+def work_key(*parts: str) -> str:
+    """Return the name of some work: equal for equal `parts`, 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _plain(value: Any, contents: Mapping[str, str]) -> Any:
+    if is_dataclass(value):
+        said = {
+            field.name: contents[found] if field.name == "file_id" else _plain(found, contents)
+            for field in fields(value)
+            if (found := getattr(value, field.name)) is not None
+        }
+        if isinstance(value, Operation):
+            said |= {"operation": type(value).__name__, "version": value.VERSION}
+        return said
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, list | tuple):
+        return [_plain(each, contents) for each in value]
+    return value

@@ -1,11 +1,18 @@
-"""atelier.media.v1.MediaService: what the installation can do, as the contract says it."""
+"""atelier.media.v1.MediaService, but for the rpc that carries bytes: that is in `http`."""
 
 from __future__ import annotations
+
+from typing import Any, NoReturn
 
 from atelier.media.v1 import media_pb2 as pb
 from atelier.media.v1 import media_pb2_grpc
 
+from mesh.errors import Unimplemented
 from services.media.convert import Comments, descriptions
+
+
+class ServedOverHttp(Unimplemented):
+    reason = "SERVED_OVER_HTTP"
 
 
 class MediaService(media_pb2_grpc.MediaServiceServicer):
@@ -16,3 +23,6 @@ class MediaService(media_pb2_grpc.MediaServiceServicer):
 
     async def ListOperations(self, _request: pb.ListOperationsRequest, _: object) -> pb.ListOperationsResponse:
         return self._operations
+
+    async def RenderFile(self, *_: Any, **__: Any) -> NoReturn:
+        raise ServedOverHttp("Calls that carry files are made over HTTP, at the same edge.")

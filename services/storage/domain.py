@@ -201,6 +201,9 @@ class Files(Protocol):
     async def known_contents(self, prefix: str) -> Collection[str]:
         """Return every SHA-256 with `prefix` that a row has."""
 
+    async def used(self, contents: Collection[str]) -> Collection[str]:
+        """Return which of these SHA-256 a row has."""
+
     def unused(self, sha256: str, fence: int | None = None) -> AbstractAsyncContextManager[bool]:
         """Say whether no row has this content, and keep it so until the end; a sweep gives its fence."""
 

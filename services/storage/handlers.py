@@ -51,6 +51,9 @@ class StorageService(storage_pb2_grpc.StorageServiceServicer):
     async def StatFile(self, request: pb.StatFileRequest, _: object) -> pb.File:
         return file_to_proto(await self._keeping.usable(request.user_id, request.file_id))
 
+    async def FilterContents(self, request: pb.FilterContentsRequest, _: object) -> pb.FilterContentsResponse:
+        return pb.FilterContentsResponse(sha256s=await self._files.used(request.sha256s))
+
     async def DiscardResult(self, request: pb.DiscardResultRequest, _: object) -> pb.DiscardResultResponse:
         granted = capability.verify(self._capability_key, request.capability)
         await self._keeping.discard(granted.task_id, granted.attempt)

@@ -146,6 +146,11 @@ class SqlFiles:
         async with self._database.reading() as connection:
             return set((await connection.execute(known)).scalars())
 
+    async def used(self, contents: Collection[str]) -> Collection[str]:
+        known = select(file.c.sha256).distinct().where(file.c.sha256.in_(contents))
+        async with self._database.reading() as connection:
+            return set((await connection.execute(known)).scalars())
+
     @asynccontextmanager
     async def unused(self, sha256: str, fence: int | None = None) -> AsyncIterator[bool]:
         # It stays so: no row can come while this transaction lasts, since `begin` takes the same lock, and an upload

@@ -7,8 +7,9 @@ from atelier.storage.v1.storage_pb2_grpc import StorageServiceStub
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub
 
 from mesh import broker, certificates, channel, discovery, service
+from services.media import peers, processes
 from services.media.config import WorkerConfig
-from services.media.worker import processes, storage, weights
+from services.media.worker import weights
 from services.media.worker.capacity import capacity, pools
 from services.media.worker.tasks import Worker
 
@@ -21,7 +22,7 @@ async def main(config: WorkerConfig) -> None:
         channel.opened("task", config, leaf) as tasks,
         channel.opened("storage", config, leaf) as results,
         discovery.followed("storage-http", config) as endpoints,
-        storage.opened(endpoints, leaf.tls_client("storage")) as files,
+        peers.opened(endpoints, leaf.tls_client("storage")) as files,
         processes.opened(config) as slots,
     ):
         worker = Worker(

@@ -20,9 +20,9 @@ from mesh.errors import DeadlineExceeded, Internal, MeshError, Unavailable
 from mesh.together import Together
 from services.media.convert import operation_from
 from services.media.domain import result_name
+from services.media.peers import Storage
+from services.media.processes import Slot
 from services.media.worker.capacity import CPU, GPU
-from services.media.worker.processes import Slot
-from services.media.worker.storage import Storage
 
 QUEUES = {CPU: "media.cpu", GPU: "media.gpu"}
 LEASE_SHARE = 0.8  # of the lease; what is left is for clocks that run apart and calls under way

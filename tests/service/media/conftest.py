@@ -25,7 +25,8 @@ from starlette.responses import JSONResponse, Response
 from mesh import status
 from mesh.broker import Delivery
 from mesh.errors import Aborted, MeshError, NotFound, Unavailable
-from services.media.worker import processes, storage, weights
+from services.media import peers, processes
+from services.media.worker import weights
 from services.media.worker.capacity import pools
 from services.media.worker.tasks import Worker
 from services.task.convert import pool_of
@@ -254,7 +255,7 @@ async def start(tmp_path: Path, permits: Any) -> AsyncIterator[Start]:
             dead = "127.0.0.1:9"  # one instance has just died and is still listed
             live = server.http_url.removeprefix("https://")
             instances = Addresses(dead, live)
-            reading = await stack.enter_async_context(storage.opened(instances, server.tls("media-worker")))
+            reading = await stack.enter_async_context(peers.opened(instances, server.tls("media-worker")))
             channel = server.channel(caller="media-worker")
             worker = Worker(
                 task_pb2_grpc.TaskServiceStub(channel),

@@ -861,6 +861,63 @@ class ListOperationsResponse(_message.Message):
 Global___ListOperationsResponse: _TypeAlias = ListOperationsResponse  # noqa: Y015
 
 @_typing.final
+class RenderFileRequest(_message.Message):
+    """Which file, and how it is to be shown. Orientation and colour profile are honoured, as in an Operation; of an
+    animation the first frame is shown.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_ID_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    FIT_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    file_id: _builtins.str
+    """`fil_…`."""
+    width: _builtins.int
+    """Pixels; without one of the sides it follows from the image's ratio. No side gets longer than 4096."""
+    height: _builtins.int
+    """Pixels."""
+    fit: Global___Resize.Fit.ValueType
+    """How the image meets the box; default FIT_INSIDE. `fill` stands for FIT_FILL, and so on."""
+    format: Global___Format.ValueType
+    """Default: AVIF or WebP if the header `Accept` names it, else the input's format, or PNG where that cannot be
+    written. `webp` stands for FORMAT_WEBP, and so on.
+    """
+    quality: _builtins.int
+    """1..100, for lossy formats; default 80."""
+    def __init__(
+        self,
+        *,
+        file_id: _builtins.str = ...,
+        width: _builtins.int | None = ...,
+        height: _builtins.int | None = ...,
+        fit: Global___Resize.Fit.ValueType = ...,
+        format: Global___Format.ValueType = ...,
+        quality: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_height", b"_height", "_quality", b"_quality", "_width", b"_width", "height", b"height", "quality", b"quality", "width", b"width"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_height", b"_height", "_quality", b"_quality", "_width", b"_width", "file_id", b"file_id", "fit", b"fit", "format", b"format", "height", b"height", "quality", b"quality", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__height: _TypeAlias = _typing.Literal["height"]  # noqa: Y015
+    _WhichOneofArgType__height: _TypeAlias = _typing.Literal["_height", b"_height"]  # noqa: Y015
+    _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
+    _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015
+    _WhichOneofReturnType__width: _TypeAlias = _typing.Literal["width"]  # noqa: Y015
+    _WhichOneofArgType__width: _TypeAlias = _typing.Literal["_width", b"_width"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__height) -> _WhichOneofReturnType__height | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quality) -> _WhichOneofReturnType__quality | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__width) -> _WhichOneofReturnType__width | None: ...
+
+Global___RenderFileRequest: _TypeAlias = RenderFileRequest  # noqa: Y015
+
+@_typing.final
 class OperationDescription(_message.Message):
     """One operation, for people."""
 

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from atelier.media.v1 import media_pb2 as atelier_dot_media_dot_v1_dot_media__pb2
+from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -26,7 +27,7 @@ if _version_not_supported:
 
 
 class MediaServiceStub:
-    """Says what the installation can do.
+    """Says what the installation can do, and shows images at another size without a task.
     """
 
     def __init__(self, channel):
@@ -40,14 +41,28 @@ class MediaServiceStub:
                 request_serializer=atelier_dot_media_dot_v1_dot_media__pb2.ListOperationsRequest.SerializeToString,
                 response_deserializer=atelier_dot_media_dot_v1_dot_media__pb2.ListOperationsResponse.FromString,
                 _registered_method=True)
+        self.RenderFile = channel.unary_unary(
+                '/atelier.media.v1.MediaService/RenderFile',
+                request_serializer=atelier_dot_media_dot_v1_dot_media__pb2.RenderFileRequest.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+                _registered_method=True)
 
 
 class MediaServiceServicer:
-    """Says what the installation can do.
+    """Says what the installation can do, and shows images at another size without a task.
     """
 
     def ListOperations(self, request, context):
         """Lists the operations, with what each needs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenderFile(self, request, context):
+        """An image file at the size and in the format of a page, made when it is first asked for, with `ETag`. Who may read
+        the file's content may read this; nothing is stored or charged. Fails with FILE_NOT_FOUND, RENDER_BUSY (HTTP 429),
+        QUERY_MALFORMED, INPUT_TOO_LARGE and the reasons of operations.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,6 +76,11 @@ def add_MediaServiceServicer_to_server(servicer, server):
                     request_deserializer=atelier_dot_media_dot_v1_dot_media__pb2.ListOperationsRequest.FromString,
                     response_serializer=atelier_dot_media_dot_v1_dot_media__pb2.ListOperationsResponse.SerializeToString,
             ),
+            'RenderFile': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenderFile,
+                    request_deserializer=atelier_dot_media_dot_v1_dot_media__pb2.RenderFileRequest.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'atelier.media.v1.MediaService', rpc_method_handlers)
@@ -70,7 +90,7 @@ def add_MediaServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class MediaService:
-    """Says what the installation can do.
+    """Says what the installation can do, and shows images at another size without a task.
     """
 
     @staticmethod
@@ -90,6 +110,33 @@ class MediaService:
             '/atelier.media.v1.MediaService/ListOperations',
             atelier_dot_media_dot_v1_dot_media__pb2.ListOperationsRequest.SerializeToString,
             atelier_dot_media_dot_v1_dot_media__pb2.ListOperationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenderFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.media.v1.MediaService/RenderFile',
+            atelier_dot_media_dot_v1_dot_media__pb2.RenderFileRequest.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
             insecure,

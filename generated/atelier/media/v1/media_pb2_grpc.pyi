@@ -7,6 +7,7 @@ media workers run it.
 
 from atelier.media.v1 import media_pb2 as _media_pb2
 from collections import abc as _abc
+from google.api import httpbody_pb2 as _httpbody_pb2
 from grpc import aio as _aio
 import abc as _abc_1
 import grpc as _grpc
@@ -29,7 +30,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class MediaServiceStub:
-    """Says what the installation can do."""
+    """Says what the installation can do, and shows images at another size without a task."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,17 +38,27 @@ class MediaServiceStub:
     def __new__(cls, channel: _aio.Channel) -> MediaServiceAsyncStub: ...
     ListOperations: _grpc.UnaryUnaryMultiCallable[_media_pb2.ListOperationsRequest, _media_pb2.ListOperationsResponse]
     """Lists the operations, with what each needs."""
+    RenderFile: _grpc.UnaryUnaryMultiCallable[_media_pb2.RenderFileRequest, _httpbody_pb2.HttpBody]
+    """An image file at the size and in the format of a page, made when it is first asked for, with `ETag`. Who may read
+    the file's content may read this; nothing is stored or charged. Fails with FILE_NOT_FOUND, RENDER_BUSY (HTTP 429),
+    QUERY_MALFORMED, INPUT_TOO_LARGE and the reasons of operations.
+    """
 
 @_typing.type_check_only
 class MediaServiceAsyncStub(MediaServiceStub):
-    """Says what the installation can do."""
+    """Says what the installation can do, and shows images at another size without a task."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListOperations: _aio.UnaryUnaryMultiCallable[_media_pb2.ListOperationsRequest, _media_pb2.ListOperationsResponse]  # type: ignore[assignment]
     """Lists the operations, with what each needs."""
+    RenderFile: _aio.UnaryUnaryMultiCallable[_media_pb2.RenderFileRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
+    """An image file at the size and in the format of a page, made when it is first asked for, with `ETag`. Who may read
+    the file's content may read this; nothing is stored or charged. Fails with FILE_NOT_FOUND, RENDER_BUSY (HTTP 429),
+    QUERY_MALFORMED, INPUT_TOO_LARGE and the reasons of operations.
+    """
 
 class MediaServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Says what the installation can do."""
+    """Says what the installation can do, and shows images at another size without a task."""
 
     @_abc_1.abstractmethod
     def ListOperations(
@@ -56,5 +67,16 @@ class MediaServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_media_pb2.ListOperationsResponse, _abc.Awaitable[_media_pb2.ListOperationsResponse]]:
         """Lists the operations, with what each needs."""
+
+    @_abc_1.abstractmethod
+    def RenderFile(
+        self,
+        request: _media_pb2.RenderFileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_httpbody_pb2.HttpBody, _abc.Awaitable[_httpbody_pb2.HttpBody]]:
+        """An image file at the size and in the format of a page, made when it is first asked for, with `ETag`. Who may read
+        the file's content may read this; nothing is stored or charged. Fails with FILE_NOT_FOUND, RENDER_BUSY (HTTP 429),
+        QUERY_MALFORMED, INPUT_TOO_LARGE and the reasons of operations.
+        """
 
 def add_MediaServiceServicer_to_server(servicer: MediaServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

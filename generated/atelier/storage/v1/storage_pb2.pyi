@@ -307,6 +307,54 @@ class StatFileRequest(_message.Message):
 Global___StatFileRequest: _TypeAlias = StatFileRequest  # noqa: Y015
 
 @_typing.final
+class FilterContentsRequest(_message.Message):
+    """Which contents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256S_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sha256s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """SHA-256 of each, lower-case hexadecimal."""
+
+    def __init__(
+        self,
+        *,
+        sha256s: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256s", b"sha256s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FilterContentsRequest: _TypeAlias = FilterContentsRequest  # noqa: Y015
+
+@_typing.final
+class FilterContentsResponse(_message.Message):
+    """Those that are still kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256S_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sha256s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of the request that a file has, in no order."""
+
+    def __init__(
+        self,
+        *,
+        sha256s: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256s", b"sha256s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FilterContentsResponse: _TypeAlias = FilterContentsResponse  # noqa: Y015
+
+@_typing.final
 class ReadInputRequest(_message.Message):
     """Which input. The capability travels as the metadata or header `x-atelier-capability`."""
 

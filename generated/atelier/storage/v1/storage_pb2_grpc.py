@@ -72,6 +72,11 @@ class StorageServiceStub:
                 request_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.StatFileRequest.SerializeToString,
                 response_deserializer=atelier_dot_storage_dot_v1_dot_storage__pb2.File.FromString,
                 _registered_method=True)
+        self.FilterContents = channel.unary_unary(
+                '/atelier.storage.v1.StorageService/FilterContents',
+                request_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.FilterContentsRequest.SerializeToString,
+                response_deserializer=atelier_dot_storage_dot_v1_dot_storage__pb2.FilterContentsResponse.FromString,
+                _registered_method=True)
         self.ReadInput = channel.unary_unary(
                 '/atelier.storage.v1.StorageService/ReadInput',
                 request_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.ReadInputRequest.SerializeToString,
@@ -147,6 +152,13 @@ class StorageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FilterContents(self, request, context):
+        """Says which contents some file still has, for a service that keeps what it made of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadInput(self, request, context):
         """The bytes of a file that the capability names as an input. Fails with CAPABILITY_INVALID
         or FILE_NOT_FOUND.
@@ -208,6 +220,11 @@ def add_StorageServiceServicer_to_server(servicer, server):
                     servicer.StatFile,
                     request_deserializer=atelier_dot_storage_dot_v1_dot_storage__pb2.StatFileRequest.FromString,
                     response_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.File.SerializeToString,
+            ),
+            'FilterContents': grpc.unary_unary_rpc_method_handler(
+                    servicer.FilterContents,
+                    request_deserializer=atelier_dot_storage_dot_v1_dot_storage__pb2.FilterContentsRequest.FromString,
+                    response_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.FilterContentsResponse.SerializeToString,
             ),
             'ReadInput': grpc.unary_unary_rpc_method_handler(
                     servicer.ReadInput,
@@ -416,6 +433,33 @@ class StorageService:
             '/atelier.storage.v1.StorageService/StatFile',
             atelier_dot_storage_dot_v1_dot_storage__pb2.StatFileRequest.SerializeToString,
             atelier_dot_storage_dot_v1_dot_storage__pb2.File.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FilterContents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.storage.v1.StorageService/FilterContents',
+            atelier_dot_storage_dot_v1_dot_storage__pb2.FilterContentsRequest.SerializeToString,
+            atelier_dot_storage_dot_v1_dot_storage__pb2.FilterContentsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,6 +57,8 @@ class StorageServiceStub:
     """Reads what is known of a user's file, for a service. Fails with FILE_NOT_FOUND, also when the
     file is another user's.
     """
+    FilterContents: _grpc.UnaryUnaryMultiCallable[_storage_pb2.FilterContentsRequest, _storage_pb2.FilterContentsResponse]
+    """Says which contents some file still has, for a service that keeps what it made of them."""
     ReadInput: _grpc.UnaryUnaryMultiCallable[_storage_pb2.ReadInputRequest, _httpbody_pb2.HttpBody]
     """The bytes of a file that the capability names as an input. Fails with CAPABILITY_INVALID
     or FILE_NOT_FOUND.
@@ -98,6 +100,8 @@ class StorageServiceAsyncStub(StorageServiceStub):
     """Reads what is known of a user's file, for a service. Fails with FILE_NOT_FOUND, also when the
     file is another user's.
     """
+    FilterContents: _aio.UnaryUnaryMultiCallable[_storage_pb2.FilterContentsRequest, _storage_pb2.FilterContentsResponse]  # type: ignore[assignment]
+    """Says which contents some file still has, for a service that keeps what it made of them."""
     ReadInput: _aio.UnaryUnaryMultiCallable[_storage_pb2.ReadInputRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
     """The bytes of a file that the capability names as an input. Fails with CAPABILITY_INVALID
     or FILE_NOT_FOUND.
@@ -178,6 +182,14 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
         """Reads what is known of a user's file, for a service. Fails with FILE_NOT_FOUND, also when the
         file is another user's.
         """
+
+    @_abc_1.abstractmethod
+    def FilterContents(
+        self,
+        request: _storage_pb2.FilterContentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_storage_pb2.FilterContentsResponse, _abc.Awaitable[_storage_pb2.FilterContentsResponse]]:
+        """Says which contents some file still has, for a service that keeps what it made of them."""
 
     @_abc_1.abstractmethod
     def ReadInput(

@@ -1,4 +1,4 @@
-"""The bytes of a task, over storage's HTTP listener, under the task's capability."""
+"""What the media service and its workers ask of storage. Bytes go over its HTTP listener."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import random
 import re
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from json import JSONDecodeError
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote
 
 import httpx
+from atelier.storage.v1 import storage_pb2, storage_pb2_grpc
 from google.protobuf import json_format
 from google.rpc import status_pb2
 
@@ -21,6 +22,7 @@ from mesh import channel, status
 from mesh.capability import CAPABILITY_KEY
 from mesh.errors import Internal, MeshError, Unavailable
 from services.media.domain import StorageUnavailable, Written
+from services.media.renders import Original
 
 CHUNK_BYTES = 1024 * 1024
 PAUSES_SECONDS = (0.2, 0.5, 1.0, 2.0)  # between rounds over the instances: a restart of storage goes unnoticed
@@ -53,17 +55,16 @@ class Storage:
             StorageUnavailable: no instance gave it.
             MeshError: what storage refused it with.
         """
+        return await self._copied(f"/internal/v1/inputs/{file_id}", self._headers(capability), path)
 
-        async def read(base: str) -> str:
-            url = f"{base}/internal/v1/inputs/{file_id}"
-            async with self._client.stream("GET", url, headers=self._headers(capability)) as response:
-                await _require_success(response)
-                with path.open("wb") as file:
-                    async for chunk in response.aiter_bytes(CHUNK_BYTES):
-                        await asyncio.to_thread(file.write, chunk)
-                return _name(response.headers.get("content-disposition", ""))
+    async def read_file(self, file_id: str, path: Path) -> None:
+        """Copy a file of the present request's user to `path`.
 
-        return await self._somewhere(read)
+        Raises:
+            StorageUnavailable: no instance gave it.
+            MeshError: what storage refused it with.
+        """
+        await self._copied(f"/api/v1/files/{file_id}/content", dict(channel.outgoing_metadata()), path)
 
     async def write_result(self, index: int, name: str, written: Written, capability: str) -> str:
         """Store an attempt's result number `index`, from 0, and return its id. Repeating it answers the same file.
@@ -87,6 +88,17 @@ class Storage:
 
         return await self._somewhere(write)
 
+    async def _copied(self, target: str, headers: Mapping[str, str], path: Path) -> str:
+        async def read(base: str) -> str:
+            async with self._client.stream("GET", base + target, headers=headers) as response:
+                await _require_success(response)
+                with path.open("wb") as file:
+                    async for chunk in response.aiter_bytes(CHUNK_BYTES):
+                        await asyncio.to_thread(file.write, chunk)
+                return _name(response.headers.get("content-disposition", ""))
+
+        return await self._somewhere(read)
+
     async def _somewhere(self, attempt: Callable[[str], Awaitable[T]]) -> T:
         for pause_seconds in (*PAUSES_SECONDS, None):
             for address in _shuffled(self._endpoints.addresses()):
@@ -100,6 +112,22 @@ class Storage:
 
     def _headers(self, capability: str) -> dict[str, str]:
         return dict(channel.outgoing_metadata()) | {CAPABILITY_KEY: capability}
+
+
+class MeshOriginals:
+    """Satisfies `renders.Originals`."""
+
+    def __init__(self, files: storage_pb2_grpc.StorageServiceAsyncStub, contents: Storage) -> None:
+        self._files = files
+        self.read = contents.read_file
+
+    async def get(self, file_id: str) -> Original:
+        found = await self._files.GetFile(storage_pb2.GetFileRequest(file_id=file_id))
+        return Original(found.file_id, found.sha256, found.content_type, found.size_bytes)
+
+    async def kept(self, contents: Collection[str]) -> Collection[str]:
+        request = storage_pb2.FilterContentsRequest(sha256s=contents)
+        return set((await self._files.FilterContents(request)).sha256s)
 
 
 @asynccontextmanager

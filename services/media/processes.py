@@ -1,6 +1,6 @@
-"""The worker's child processes, any of which may die of its work.
+"""Child processes of a worker, and of the media service, any of which may die of its work.
 
-Slots: each a folder and a process that does one operation at a time. And one process that has the models, for all.
+Slots: each a folder and a process that does one operation at a time. And a worker's process that has the models, for all.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mesh.errors import BY_CODE_NUMBER, Internal
-from services.media.config import WorkerConfig
+from services.media.config import Config, WorkerConfig
 from services.media.domain import (
     MAX_RESULTS,
     Format,
@@ -35,6 +36,8 @@ from services.media.domain import (
     result_path,
 )
 
+ENCODER = f"libvips {metadata.version('pyvips-binary')}"
+"""What reads and writes pixels, with the codecs that come in the same package; another one makes other bytes."""
 JOBS_PER_PROCESS = 500  # then a fresh one: whatever libraries leak is bounded
 
 # All that the child needs; the broker's password and the rest of our environment are none of its business.
@@ -49,7 +52,7 @@ class Slot:
     def __init__(
         self,
         folder: Path,
-        inference: Inference,
+        inference: Inference | None,
         *,
         memory_bytes: int,
         weights_dir: Path | None,
@@ -59,7 +62,7 @@ class Slot:
         self.folder = folder / "task"
         self.inference = inference
         self._seconds = seconds
-        self._arguments = (str(memory_bytes), inference.address, str(weights_dir or ""))
+        self._arguments = (str(memory_bytes), inference.address if inference else "", str(weights_dir or ""))
         self._process: Process | None = None
         self._jobs = 0
 
@@ -208,7 +211,7 @@ async def _begun(module: str, *arguments: str, env: Mapping[str, str] | None = N
         "-m",
         module,
         *arguments,
-        process_group=0,  # Ctrl-C and a supervisor's signals are for the worker, which decides
+        start_new_session=True,  # Ctrl-C and a supervisor's signals are for the worker, which decides
         env=environment | dict(env or {}),
         **options,
     )
@@ -245,22 +248,23 @@ def _written(result: list[Any], index: int, folder: Path) -> Written:
 
 
 @asynccontextmanager
-async def opened(config: WorkerConfig) -> AsyncIterator[list[Slot]]:
-    """Hold the slots of a worker; what a killed worker of the same name left behind is removed."""
+async def opened(config: Config | WorkerConfig) -> AsyncIterator[list[Slot]]:
+    """Hold the slots of a process; what a killed one of the same name left behind is removed."""
     root = config.data_dir / config.service / config.instance
     await asyncio.to_thread(shutil.rmtree, root, ignore_errors=True)
-    inference = Inference(config)
+    # Renders need no models.
+    inference = Inference(config) if isinstance(config, WorkerConfig) else None
     slots = [
         Slot(
             root / str(number),
             inference,
             memory_bytes=config.job_memory_bytes,
-            weights_dir=config.weights_dir,
+            weights_dir=config.weights_dir if isinstance(config, WorkerConfig) else None,
             seconds=lambda: config.job_seconds,
         )
         for number in range(config.slots)
     ]
-    keeping = asyncio.create_task(inference.run())
+    keeping = asyncio.create_task(inference.run()) if inference else None
     try:
         for slot in slots:
             await slot.clear()
@@ -269,6 +273,7 @@ async def opened(config: WorkerConfig) -> AsyncIterator[list[Slot]]:
     finally:
         for slot in slots:
             await slot.stop()
-        keeping.cancel()
-        await asyncio.wait([keeping])
+        if keeping:
+            keeping.cancel()
+            await asyncio.wait([keeping])
         await asyncio.to_thread(shutil.rmtree, root, ignore_errors=True)
