@@ -32,6 +32,11 @@ class Capability:
     max_bytes: int
     expire_time: datetime
 
+    def require_input(self, file_id: str) -> None:
+        """Refuse a file that it does not name. Raises CapabilityInvalid."""
+        if file_id not in self.input_file_ids:
+            raise CapabilityInvalid(f"The capability does not name the file {file_id}.", metadata={"file_id": file_id})
+
 
 def sign(key: str, capability: Capability) -> str:
     """Return `capability` as a token."""

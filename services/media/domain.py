@@ -415,10 +415,15 @@ def result_path(folder: Path, index: int, format_: Format) -> Path:
     return folder / f"result-{index}.{format_.value}"
 
 
+def name_ending(written: Written) -> str:
+    """Return what a result's name has after its input's, e.g. `-800x533.webp`."""
+    return f"-{written.width}x{written.height}.{written.format.value}"
+
+
 def result_name(input_name: str, written: Written) -> str:
     """Return the file name of a result, e.g. `photo-800x533.webp`."""
     stem = input_name.rpartition(".")[0] or input_name
-    ending = f"-{written.width}x{written.height}.{written.format.value}"
+    ending = name_ending(written)
     return stem[: MAX_NAME_LENGTH - len(ending)] + ending
 
 
@@ -445,7 +450,8 @@ def _plain(value: Any, contents: Mapping[str, str]) -> Any:
             if (found := getattr(value, field.name)) is not None
         }
         if isinstance(value, Operation):
-            said |= {"operation": type(value).__name__, "version": value.VERSION}
+            name = type(value).__name__  # as the contract's JSON calls it
+            said |= {"operation": name[0].lower() + name[1:], "version": value.VERSION}
         return said
     if isinstance(value, Enum):
         return value.name

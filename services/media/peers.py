@@ -21,7 +21,7 @@ from google.rpc import status_pb2
 from mesh import channel, status
 from mesh.capability import CAPABILITY_KEY
 from mesh.errors import Internal, MeshError, Unavailable
-from services.media.domain import StorageUnavailable, Written
+from services.media.domain import StorageUnavailable, Written, name_ending
 from services.media.renders import Original
 
 CHUNK_BYTES = 1024 * 1024
@@ -66,8 +66,12 @@ class Storage:
         """
         await self._copied(f"/api/v1/files/{file_id}/content", dict(channel.outgoing_metadata()), path)
 
-    async def write_result(self, index: int, name: str, written: Written, capability: str) -> str:
+    async def write_result(
+        self, index: int, name: str, written: Written, capability: str, made_of: Mapping[str, str]
+    ) -> str:
         """Store an attempt's result number `index`, from 0, and return its id. Repeating it answers the same file.
+
+        `made_of` says what work it is of: storage's parameters `work` and `count`.
 
         Raises:
             StorageUnavailable: no instance took it.
@@ -77,7 +81,7 @@ class Storage:
             "content-type": written.format.content_type,
             "content-length": str((await asyncio.to_thread(written.path.stat)).st_size),
         }
-        parameters = {"name": name, "index": str(index)}
+        parameters = {"name": name, "index": str(index), "name_ending": name_ending(written), **made_of}
 
         async def write(base: str) -> str:
             response = await self._client.post(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -58,8 +60,37 @@ class ResultInUse(FailedPrecondition):
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """How a result came about.
+
+    `operation` is JSON in the one form of all that say the same. `name_ending` follows the input's name in the result's
+    name, and `count` results belong together.
+    """
+
+    input_file_id: str
+    input_sha256: str
+    operation: str
+    encoder: str
+    model: str
+    name_ending: str = ""
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an attempt at a task makes: `key` is equal for equal work, whoever asks for it."""
+
+    key: str
+    task_id: str
+    attempt: int
+    user_id: str
+    input_name: str
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
 class NewFile:
-    """A file that is to be kept; its bytes have arrived. `task_id`, `attempt`, `result_index` are those of a result."""
+    """A file that is to be kept; its bytes have arrived. All from `task_id` on is of a result."""
 
     file_id: str
     user_id: str
@@ -70,6 +101,8 @@ class NewFile:
     task_id: str | None = None
     attempt: int | None = None
     result_index: int = 0
+    work: str | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +133,14 @@ class Standing:
     ended: bool
     attempt: int
     output_file_ids: Collection[str]
+
+
+class Turn(Enum):
+    """What an attempt is to do about its work."""
+
+    MAKE = auto()
+    WAIT = auto()
+    TAKE = auto()
 
 
 class Verdict(Enum):
@@ -161,6 +202,15 @@ class Files(Protocol):
 
     async def undo(self, file_id: str) -> bool:
         """Take away a row unless it is ready; say whether it is gone, and so a debt stands."""
+
+    async def take(self, work: Work, lease_seconds: float) -> tuple[Turn, Sequence[File]]:
+        """Begin files of the contents that equal work has made, or say who makes them.
+
+        Whoever is to make them is so for `lease_seconds`, and again from each call on; after that it is the next one.
+        """
+
+    async def release(self, task_id: str, attempt: int) -> None:
+        """Have another attempt make what this one was to make."""
 
     async def get(self, user_id: str, file_id: str) -> File:
         """Return a ready file. Raises FileNotFound."""
@@ -254,6 +304,30 @@ def require_not_empty(size_bytes: int) -> None:
     """Refuse nothing at all. Raises FileEmpty."""
     if size_bytes == 0:
         raise FileEmpty("The body is empty: send the file's bytes as the body.", metadata={"size_bytes": "0"})
+
+
+def work_key(origin: Origin, contents: Sequence[str]) -> str:
+    """Return the name of some work on files of these SHA-256, in their order."""
+    parts = [origin.operation, origin.encoder, origin.model, *contents]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def named_after(input_name: str, ending: str) -> str:
+    """Return the name of a result of the file `input_name`."""
+    stem = input_name.rpartition(".")[0] or input_name
+    return stem[: MAX_NAME_LENGTH - len(ending)] + ending
+
+
+def complete(results: Iterable[File]) -> Sequence[File]:
+    """Return the results of one attempt that has all of its own here, by index; none when there is no such one."""
+    attempts: dict[tuple[str | None, int | None], dict[int, File]] = defaultdict(dict)
+    for each in results:
+        attempts[each.task_id, each.attempt][each.result_index] = each
+    for found in attempts.values():
+        files = [found[index] for index in sorted(found)]
+        if files[0].origin is not None and len(files) == files[0].origin.count:
+            return files
+    return []
 
 
 def fingerprint(file: NewFile) -> bytes:

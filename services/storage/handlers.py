@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, NoReturn
 
 from atelier.storage.v1 import storage_pb2 as pb
@@ -9,9 +10,10 @@ from atelier.storage.v1 import storage_pb2_grpc
 
 from mesh import capability, context, paging
 from mesh.errors import Unimplemented
-from services.storage.convert import file_to_proto
-from services.storage.domain import Files
-from services.storage.keeping import Keeping
+from mesh.wire import duration
+from services.storage.convert import file_to_proto, origin_from
+from services.storage.domain import Files, Turn
+from services.storage.keeping import MAKING_SECONDS, Keeping
 
 
 class ServedOverHttp(Unimplemented):
@@ -53,6 +55,16 @@ class StorageService(storage_pb2_grpc.StorageServiceServicer):
 
     async def FilterContents(self, request: pb.FilterContentsRequest, _: object) -> pb.FilterContentsResponse:
         return pb.FilterContentsResponse(sha256s=await self._files.used(request.sha256s))
+
+    async def TakeResults(self, request: pb.TakeResultsRequest, _: object) -> pb.TakeResultsResponse:
+        granted = capability.verify(self._capability_key, request.capability)
+        work = await self._keeping.work(granted, origin_from(request.work), request.work.input_file_ids[1:])
+        turn, files = await self._keeping.take(work, granted.max_bytes)
+        return pb.TakeResultsResponse(
+            files=[file_to_proto(file) for file in files],
+            wait=turn is Turn.WAIT,
+            lease_duration=duration(timedelta(seconds=MAKING_SECONDS)) if turn is Turn.MAKE else None,
+        )
 
     async def DiscardResult(self, request: pb.DiscardResultRequest, _: object) -> pb.DiscardResultResponse:
         granted = capability.verify(self._capability_key, request.capability)

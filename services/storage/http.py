@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from urllib.parse import quote
 
 from atelier.storage.v1 import storage_pb2 as pb
@@ -12,11 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from mesh import bounds, capability, context, ids
-from mesh.capability import Capability, CapabilityInvalid
+from mesh.capability import Capability
 from mesh.errors import InvalidArgument, RangeNotSatisfiable
 from mesh.http import Endpoint
-from services.storage.convert import file_to_proto
-from services.storage.domain import Blobs, File, Files, NewFile, require_name, require_not_empty, require_size
+from services.storage.convert import file_to_proto, origin_from
+from services.storage.domain import Blobs, File, Files, NewFile, Work, require_name, require_not_empty, require_size
 from services.storage.keeping import Keeping
 from services.storage.signatures import detected_type, require_type
 
@@ -58,9 +59,22 @@ class BytesEndpoints:
 
     async def write_result(self, request: Request) -> Response:
         granted = self._granted(request)
-        name, index = _named(request, known=("name", "index")), _index(request)
-        bounds.check(pb.WriteResultRequest(name=name, index=index))
-        return await self._store(request, name, granted.user_id, granted.max_bytes, granted=granted, index=index)
+        name = _named(request, known=("name", "index", "work", "count", "name_ending"))
+        asked = pb.WriteResultRequest(
+            name=name,
+            index=_number(request, "index", 0),
+            count=_number(request, "count", 1),
+            work=_work(request),
+            name_ending=request.query_params.get("name_ending", ""),
+        )
+        bounds.check(asked)
+        work = None
+        if asked.HasField("work"):  # workers of before this field do not say it
+            origin = replace(origin_from(asked.work), name_ending=asked.name_ending, count=asked.count)
+            work = await self._keeping.work(granted, origin, asked.work.input_file_ids[1:])
+        return await self._store(
+            request, name, granted.user_id, granted.max_bytes, granted=granted, index=asked.index, work=work
+        )
 
     async def get_file_content(self, request: Request) -> Response:
         _require_query(request, known=())
@@ -68,9 +82,7 @@ class BytesEndpoints:
 
     async def read_input(self, request: Request) -> Response:
         granted = self._granted(request)
-        file_id = request.path_params["file_id"]
-        if file_id not in granted.input_file_ids:
-            raise CapabilityInvalid(f"The capability does not name the file {file_id}.", metadata={"file_id": file_id})
+        granted.require_input(request.path_params["file_id"])
         return await self._content(request, granted.user_id)
 
     def _granted(self, request: Request) -> Capability:
@@ -86,6 +98,7 @@ class BytesEndpoints:
         request_id: str = "",
         granted: Capability | None = None,
         index: int = 0,
+        work: Work | None = None,
     ) -> Response:
         # Before the body is asked for; a length that lies, or is not told, is met while it streams.
         require_size(int(request.headers.get("content-length", 0)), limit_bytes)
@@ -103,6 +116,8 @@ class BytesEndpoints:
                 task_id=granted.task_id if granted else None,
                 attempt=granted.attempt if granted else None,
                 result_index=index,
+                work=work.key if work else None,
+                origin=work.origin if work else None,
             )
             kept = await self._keeping.keep(new, incoming, request_id)
         answer = json_format.MessageToJson(file_to_proto(kept), always_print_fields_with_no_presence=True)
@@ -185,13 +200,23 @@ def _named(request: Request, known: tuple[str, ...]) -> str:
     return name
 
 
-def _index(request: Request) -> int:
-    given = request.query_params.get("index", "0")
+def _number(request: Request, name: str, default: int) -> int:
+    given = request.query_params.get(name, str(default))
     if not re.fullmatch(r"[0-9]{1,9}", given):
         raise QueryMalformed(
-            "The query parameter index must be a whole number.", metadata={"parameter": "index", "value": given}
+            f"The query parameter {name} must be a whole number.", metadata={"parameter": name, "value": given}
         )
     return int(given)
+
+
+def _work(request: Request) -> pb.Work | None:
+    given = request.query_params.get("work")
+    try:
+        return None if given is None else json_format.Parse(given, pb.Work())
+    except json_format.ParseError:
+        raise QueryMalformed(
+            "The query parameter work must be a Work in JSON.", metadata={"parameter": "work"}
+        ) from None
 
 
 def _require_query(request: Request, known: tuple[str, ...]) -> None:

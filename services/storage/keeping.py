@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
+from dataclasses import replace
 
+from mesh.capability import Capability
 from mesh.errors import MeshError
 from services.storage.domain import (
     Blobs,
@@ -21,16 +23,22 @@ from services.storage.domain import (
     Files,
     Incoming,
     NewFile,
+    Origin,
     Quota,
     ResultInUse,
     Tasks,
+    Turn,
     UploadUndone,
     Verdict,
+    Work,
+    require_size,
     verdict,
+    work_key,
 )
 
 log = logging.getLogger(__name__)
 
+MAKING_SECONDS = 15.0  # as long as a task's lease: so soon another makes what a killed worker was to make
 GIVE_BACK_SECONDS = 2.0  # how long a delete waits for its quota before it leaves that to upkeep
 
 
@@ -62,7 +70,53 @@ class Keeping:
         kept = await self._files.finish(begun.file_id)
         if kept is None:
             await tried(self.undo(begun))
-            raise UploadUndone("Storing the file took too long and was given up; send it again.", retry_after_seconds=1)
+            raise _undone()
+        return kept
+
+    async def work(self, granted: Capability, origin: Origin, more_inputs: Sequence[str]) -> Work:
+        """Return what an attempt makes, by the contents of its files; `origin` need not know its input's yet.
+
+        Raises:
+            CapabilityInvalid: the attempt may not read one of them.
+            FileNotFound: one is not there.
+        """
+        names = [origin.input_file_id, *more_inputs]
+        for file_id in names:
+            granted.require_input(file_id)
+        source, *others = [await self._files.get(granted.user_id, file_id) for file_id in names]
+        return Work(
+            key=work_key(origin, [source.sha256, *(each.sha256 for each in others)]),
+            task_id=granted.task_id,
+            attempt=granted.attempt,
+            user_id=granted.user_id,
+            input_name=source.name,
+            origin=replace(origin, input_sha256=source.sha256),
+        )
+
+    async def take(self, work: Work, limit_bytes: int) -> tuple[Turn, Sequence[File]]:
+        """Store the results of equal work as the asker's own, or say who makes them.
+
+        Raises:
+            FileTooLarge: one is larger than the asker may store.
+            MeshError: the quota's refusal; nothing is stored then.
+        """
+        turn, begun = await self._files.take(work, MAKING_SECONDS)
+        try:
+            for each in begun:
+                require_size(each.size_bytes, limit_bytes)
+            # The bytes are there: a row that is ready has them, and none removes them while these rows are here.
+            return turn, [each if each.ready else await self._settled(each) for each in begun]
+        except MeshError:
+            for each in begun:
+                await tried(self.undo(each))
+            raise
+
+    async def _settled(self, begun: File) -> File:
+        await self._quota.reserve(begun.file_id, begun.user_id, begun.size_bytes)
+        await self._quota.settle(begun.file_id)
+        kept = await self._files.finish(begun.file_id)
+        if kept is None:
+            raise _undone()
         return kept
 
     async def delete(self, user_id: str, file_id: str) -> None:
@@ -92,6 +146,7 @@ class Keeping:
                 )
         for file in results:
             await self._refuse(file)
+        await self._files.release(task_id, attempt)
 
     async def settle(self, result: File) -> None:
         """Confirm or refuse a result as its task has; leave it while the task works."""
@@ -129,6 +184,10 @@ class Keeping:
         """Follow a row that is gone with its bytes and its quota; what fails here, upkeep does later."""
         await tried(self.remove_unused(file.sha256))
         await tried(self.give_back(file.file_id))
+
+
+def _undone() -> UploadUndone:
+    return UploadUndone("Storing the file took too long and was given up; send it again.", retry_after_seconds=1)
 
 
 async def tried(step: Awaitable[None]) -> None:

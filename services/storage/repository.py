@@ -8,13 +8,25 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, bindparam, delete, func, select, update
+from sqlalchemy import ColumnElement, Delete, Row, bindparam, delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh import idempotency, inbox, lock
+from mesh import idempotency, ids, inbox, lock
 from mesh.database import Database, advisory_lock, insert_if_absent, now
-from services.storage.domain import SWEEP, File, FileNotFound, NewFile, Usage, fingerprint
-from services.storage.tables import debt, file, idempotency_table, inbox_table, lock_table
+from services.storage.domain import (
+    SWEEP,
+    File,
+    FileNotFound,
+    NewFile,
+    Origin,
+    Turn,
+    Usage,
+    Work,
+    complete,
+    fingerprint,
+    named_after,
+)
+from services.storage.tables import debt, file, idempotency_table, inbox_table, lock_table, making
 
 SOME = 100  # rows that one round of upkeep takes at most, so that a round stays short
 EVENTS_KEPT = timedelta(days=7)  # far longer than the broker redelivers
@@ -48,26 +60,39 @@ class SqlFiles:
                 first = None if fresh else await _one(connection, file.c.file_id == file_id)
                 if first is not None:
                     return first
-            begun = File(
-                **dataclasses.asdict(new),
-                create_time=await now(connection),
-                ready=False,
-                confirmed=new.task_id is None,
-            )
-            # Only a result can be in another's way: what its attempt wrote first under its index.
-            same = _of_attempt(new.task_id, new.attempt) & (file.c.result_index == new.result_index)
-            while not await insert_if_absent(connection, file, dataclasses.asdict(begun)):
-                first = await _one(connection, same)
-                if first is not None and (first.ready or first.sha256 == new.sha256):
-                    return first
-                # An earlier write broke off with other bytes: this one takes its place.
-                await _take_away(connection, same & ~file.c.ready)
-        return begun
+            return await _begun(connection, new)
 
     async def finish(self, file_id: str) -> File | None:
         async with self._database.transaction() as connection:
             await connection.execute(update(file).where(file.c.file_id == file_id).values(ready=True))
-            return await _one(connection, file.c.file_id == file_id)
+            finished = await _one(connection, file.c.file_id == file_id)
+            if finished is not None and finished.work is not None:
+                of_it = _of_attempt(finished.task_id, finished.attempt) & file.c.ready
+                if complete([_from_row(row) for row in await connection.execute(select(file).where(of_it))]):
+                    await connection.execute(_released(finished.task_id, finished.attempt))
+            return finished
+
+    async def take(self, work: Work, lease_seconds: float) -> tuple[Turn, Sequence[File]]:
+        async with self._database.transaction() as connection:
+            await advisory_lock(connection, work.key)
+            time = await now(connection)
+            # Before the results: whoever makes them stands there until they are.
+            row = (await connection.execute(select(making).where(making.c.work == work.key))).one_or_none()
+            ours = row is not None and (row.task_id, row.attempt) == (work.task_id, work.attempt)
+            if not ours and (taken := await _taken(connection, work)):
+                return Turn.TAKE, taken
+            if row is not None and not ours and row.until > time:
+                return Turn.WAIT, []
+            turn = {"task_id": work.task_id, "attempt": work.attempt, "until": time + timedelta(seconds=lease_seconds)}
+            if row is None:
+                await insert_if_absent(connection, making, {"work": work.key, **turn})
+            else:
+                await connection.execute(update(making).where(making.c.work == work.key).values(turn))
+            return Turn.MAKE, []
+
+    async def release(self, task_id: str, attempt: int) -> None:
+        async with self._database.transaction() as connection:
+            await connection.execute(_released(task_id, attempt))
 
     async def undo(self, file_id: str) -> bool:
         async with self._database.transaction() as connection:
@@ -166,6 +191,8 @@ class SqlFiles:
         while more:
             async with self._database.transaction() as connection:
                 await lock.require(connection, lock_table, SWEEP, fence)
+                # Of attempts that ended without a word; the next one would have taken their place.
+                await connection.execute(delete(making).where(making.c.until < await now(connection)))
                 keys = await idempotency.forget(connection, idempotency_table)
                 more = await inbox.forget(connection, inbox_table, EVENTS_KEPT) or keys
 
@@ -174,6 +201,61 @@ class SqlFiles:
             before = await now(connection) - timedelta(seconds=age_seconds)
             rows = select(file).where(which, file.c.create_time < before).order_by(file.c.create_time).limit(SOME)
             return [_from_row(row) for row in await connection.execute(rows)]
+
+
+async def _begun(connection: AsyncConnection, new: NewFile) -> File:
+    """Store the row of a file, not ready, or return what stands in its place; under the lock of its content."""
+    begun = File(
+        **{field.name: getattr(new, field.name) for field in dataclasses.fields(new)},
+        create_time=await now(connection),
+        ready=False,
+        confirmed=new.task_id is None,
+    )
+    # Only a result can be in another's way: what its attempt wrote first under its index.
+    same = _of_attempt(new.task_id, new.attempt) & (file.c.result_index == new.result_index)
+    while not await insert_if_absent(connection, file, dataclasses.asdict(begun)):
+        first = await _one(connection, same)
+        if first is not None and (first.ready or first.sha256 == new.sha256):
+            return first
+        # An earlier write broke off with other bytes: this one takes its place.
+        await _take_away(connection, same & ~file.c.ready)
+    return begun
+
+
+async def _taken(connection: AsyncConnection, work: Work) -> Sequence[File]:
+    """Begin files of the contents that equal work has made; none when they are not all here."""
+    made = select(file).where(file.c.work == work.key, file.c.ready).order_by(file.c.create_time.desc()).limit(SOME)
+    found = complete([_from_row(row) for row in await connection.execute(made)])
+    for sha256 in sorted({each.sha256 for each in found}):
+        await advisory_lock(connection, sha256)  # see `unused`
+    # Once more, under their locks: a content whose last row went meanwhile may be gone.
+    again = select(func.count()).where(file.c.file_id.in_([each.file_id for each in found]), file.c.ready)
+    if not found or (await connection.execute(again)).scalar_one() < len(found):
+        return []
+    return [
+        await _begun(
+            connection,
+            NewFile(
+                file_id=ids.new("fil"),
+                user_id=work.user_id,
+                name=named_after(work.input_name, origin.name_ending),
+                content_type=each.content_type,
+                size_bytes=each.size_bytes,
+                sha256=each.sha256,
+                task_id=work.task_id,
+                attempt=work.attempt,
+                result_index=each.result_index,
+                work=work.key,
+                origin=dataclasses.replace(work.origin, name_ending=origin.name_ending, count=origin.count),
+            ),
+        )
+        for each in found
+        if (origin := each.origin) is not None
+    ]
+
+
+def _released(task_id: str | None, attempt: int | None) -> Delete:
+    return delete(making).where(making.c.task_id == task_id, making.c.attempt == attempt)
 
 
 def _visible(user_id: str, file_id: str) -> ColumnElement[bool]:
@@ -219,4 +301,6 @@ def _required(found: File | None, file_id: str) -> File:
 
 
 def _from_row(row: Row[Any]) -> File:
-    return File(**row._mapping)  # noqa: SLF001 - the underscore only keeps it clear of column names
+    columns = row._asdict()
+    origin = columns.pop("origin")
+    return File(**columns, origin=origin and Origin(**origin))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
     Boolean,
     CheckConstraint,
@@ -32,6 +33,8 @@ file = Table(
     Column("task_id", Text),  # null for an upload
     Column("attempt", Integer),
     Column("result_index", Integer, nullable=False, server_default="0"),
+    Column("work", Text, index=True),  # its key; equal for results of equal work
+    Column("origin", JSON(none_as_null=True)),
     Column("create_time", Timestamp, nullable=False),
     Column("ready", Boolean, nullable=False),
     Column("confirmed", Boolean, nullable=False),
@@ -40,6 +43,17 @@ file = Table(
     UniqueConstraint("task_id", "attempt", "result_index", name="file_of_attempt"),
     Index("file_of_user", "user_id", "file_id"),
     Index("file_unsettled", "ready", "confirmed", "create_time"),
+)
+
+# Which attempt makes the results of some work; the others wait for them. After `until` it is the next one's turn.
+making = Table(
+    "making",
+    metadata,
+    Column("work", Text, primary_key=True),
+    Column("task_id", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("until", Timestamp, nullable=False),
+    Index("making_of_attempt", "task_id", "attempt"),
 )
 
 # Quota that must still be given back, by the file it was reserved for: written with the row's removal, so that

@@ -19,10 +19,13 @@ from mesh.broker import Broker, Delivery
 from mesh.errors import DeadlineExceeded, Internal, MeshError, Unavailable
 from mesh.together import Together
 from services.media.convert import operation_from
-from services.media.domain import result_name
+from services.media.domain import Operation, canonical, result_name
 from services.media.peers import Storage
-from services.media.processes import Slot
+from services.media.domain import Model, Operation, canonical, result_name
+from services.media.peers import Storage
+from services.media.processes import ENCODER, Slot
 from services.media.worker.capacity import CPU, GPU
+from services.media.worker.results import Results, work_json
 
 QUEUES = {CPU: "media.cpu", GPU: "media.gpu"}
 LEASE_SHARE = 0.8  # of the lease; what is left is for clocks that run apart and calls under way
@@ -87,6 +90,7 @@ class Worker:
     ) -> None:
         self._tasks = tasks
         self._results = results
+        self._made = Results(results)
         self._storage = storage
         self._pools = pools
         self._worker_id = worker_id
@@ -202,11 +206,13 @@ class Worker:
             outcome = failure.reason
             keeping.cancel()
             await self._fail(lease, failure)
+            await self._discard(lease)  # also lets those go on who wait for the same results
         except Exception:
             log.exception("a task met a bug", extra={"task_id": lease.task_id})
             outcome = "bug"
             keeping.cancel()
             await self._fail(lease, Internal("The worker failed."))
+            await self._discard(lease)
         else:
             keeping.cancel()
             crash.point("worker: result stored")
@@ -233,9 +239,27 @@ class Worker:
         """Do the work and return the ids of what it made."""
         task, capability = assignment.task, assignment.capability
         operation = operation_from(task.operation)
+        others = list(dict.fromkeys(bounds.file_references(task.operation)))
+        work = storage_pb2.Work(
+            input_file_ids=[task.input_file_id, *others],
+            operation=canonical(operation, {file_id: f"file {n}" for n, file_id in enumerate(others, 1)}),
+            encoder=ENCODER,
+        )
+        async with self._made.taken(work, capability) as file_ids:
+            return file_ids or await self._make(assignment, operation, work, slot, progress)
+
+    async def _make(
+        self,
+        assignment: task_pb2.ClaimTaskResponse.Assignment,
+        operation: Operation,
+        work: storage_pb2.Work,
+        slot: Slot,
+        progress: Progress,
+    ) -> list[str]:
+        task, capability = assignment.task, assignment.capability
         source = slot.folder / "input"
         name = await self._storage.read_input(task.input_file_id, capability, source)
-        files = {file_id: slot.folder / f"file-{n}" for n, file_id in enumerate(bounds.file_references(task.operation))}
+        files = {file_id: slot.folder / f"file-{n}" for n, file_id in enumerate(work.input_file_ids[1:])}
         for file_id, path in files.items():
             await self._storage.read_input(file_id, capability, path)
         progress.at("decode", DOWNLOADED)
@@ -247,8 +271,11 @@ class Worker:
             lambda share: progress.at("process", DOWNLOADED + (PROCESSED - DOWNLOADED) * share),
         )
         progress.at("upload", PROCESSED)
+        made_of = {"work": work_json(work), "count": str(len(results))}
         return [
-            await self._storage.write_result(index, result_name(name or task.task_id, written), written, capability)
+            await self._storage.write_result(
+                index, result_name(name or task.task_id, written), written, capability, made_of
+            )
             for index, written in enumerate(results)
         ]
 

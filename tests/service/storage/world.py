@@ -162,13 +162,21 @@ def age_files(folder: Path, seconds: int = 24 * 3600) -> None:
             os.utime(path, (time, time))
 
 
-def granted(attempt: int = 1, *, key: str = KEY, max_bytes: int = LIMIT_BYTES, inputs: tuple[str, ...] = ()) -> str:
+def granted(
+    attempt: int = 1,
+    *,
+    key: str = KEY,
+    max_bytes: int = LIMIT_BYTES,
+    inputs: tuple[str, ...] = (),
+    task_id: str = "tsk_1",
+    user_id: str = "usr_ann",
+) -> str:
     return capability.sign(
         key,
         Capability(
-            task_id="tsk_1",
+            task_id=task_id,
             attempt=attempt,
-            user_id="usr_ann",
+            user_id=user_id,
             input_file_ids=inputs,
             max_bytes=max_bytes,
             expire_time=datetime.now(UTC) + timedelta(minutes=5),

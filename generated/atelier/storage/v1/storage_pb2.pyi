@@ -6,6 +6,7 @@ Files of people, and the bytes behind them."""
 from collections import abc as _abc
 from google.api import httpbody_pb2 as _httpbody_pb2
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -26,6 +27,50 @@ class File(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class Provenance(_message.Message):
+        """How a result came about: the same again gives the same bytes."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        INPUT_FILE_ID_FIELD_NUMBER: _builtins.int
+        INPUT_SHA256_FIELD_NUMBER: _builtins.int
+        OPERATION_FIELD_NUMBER: _builtins.int
+        PARAMETERS_FIELD_NUMBER: _builtins.int
+        OPERATION_VERSION_FIELD_NUMBER: _builtins.int
+        ENCODER_FIELD_NUMBER: _builtins.int
+        MODEL_FIELD_NUMBER: _builtins.int
+        input_file_id: _builtins.str
+        """The owner's file that it was made of, `fil_…`; it may have been deleted since."""
+        input_sha256: _builtins.str
+        """SHA-256 of that file's bytes, lower-case hexadecimal."""
+        operation: _builtins.str
+        """Name of the operation, e.g. `smartCrop`."""
+        parameters: _builtins.str
+        """Its parameters in JSON, defaults included; other files stand there as `file 1`, and so on."""
+        operation_version: _builtins.int
+        """Version of the operation; another one makes other bytes."""
+        encoder: _builtins.str
+        """What decoded and encoded, with its version, e.g. `libvips 8.18.7`."""
+        model: _builtins.str
+        """Name and version of the model; empty where none was used."""
+        def __init__(
+            self,
+            *,
+            input_file_id: _builtins.str = ...,
+            input_sha256: _builtins.str = ...,
+            operation: _builtins.str = ...,
+            parameters: _builtins.str = ...,
+            operation_version: _builtins.int = ...,
+            encoder: _builtins.str = ...,
+            model: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["encoder", b"encoder", "input_file_id", b"input_file_id", "input_sha256", b"input_sha256", "model", b"model", "operation", b"operation", "operation_version", b"operation_version", "parameters", b"parameters"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     FILE_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     CONTENT_TYPE_FIELD_NUMBER: _builtins.int
@@ -33,6 +78,7 @@ class File(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     TASK_ID_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
     file_id: _builtins.str
     """`fil_…`."""
     name: _builtins.str
@@ -49,6 +95,10 @@ class File(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was stored."""
 
+    @_builtins.property
+    def provenance(self) -> Global___File.Provenance:
+        """What it was made of, and how; not set for an upload."""
+
     def __init__(
         self,
         *,
@@ -59,10 +109,11 @@ class File(_message.Message):
         sha256: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         task_id: _builtins.str = ...,
+        provenance: Global___File.Provenance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "create_time", b"create_time", "file_id", b"file_id", "name", b"name", "sha256", b"sha256", "size_bytes", b"size_bytes", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "create_time", b"create_time", "file_id", b"file_id", "name", b"name", "provenance", b"provenance", "sha256", b"sha256", "size_bytes", b"size_bytes", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -377,6 +428,106 @@ class ReadInputRequest(_message.Message):
 Global___ReadInputRequest: _TypeAlias = ReadInputRequest  # noqa: Y015
 
 @_typing.final
+class Work(_message.Message):
+    """Some work, so that equal work is found: of equal files, by the same operation with the same parameters and versions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_FILE_IDS_FIELD_NUMBER: _builtins.int
+    OPERATION_FIELD_NUMBER: _builtins.int
+    ENCODER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    operation: _builtins.str
+    """The operation with all its parameters, in the one JSON form of all that say the same."""
+    encoder: _builtins.str
+    """See File.Provenance.encoder."""
+    model: _builtins.str
+    """See File.Provenance.model."""
+    @_builtins.property
+    def input_file_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`fil_…`: the input, then what else is read."""
+
+    def __init__(
+        self,
+        *,
+        input_file_ids: _abc.Iterable[_builtins.str] | None = ...,
+        operation: _builtins.str = ...,
+        encoder: _builtins.str = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoder", b"encoder", "input_file_ids", b"input_file_ids", "model", b"model", "operation", b"operation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Work: _TypeAlias = Work  # noqa: Y015
+
+@_typing.final
+class TakeResultsRequest(_message.Message):
+    """What is about to be made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAPABILITY_FIELD_NUMBER: _builtins.int
+    WORK_FIELD_NUMBER: _builtins.int
+    capability: _builtins.str
+    """The attempt's capability."""
+    @_builtins.property
+    def work(self) -> Global___Work:
+        """What it would make."""
+
+    def __init__(
+        self,
+        *,
+        capability: _builtins.str = ...,
+        work: Global___Work | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "work", b"work"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeResultsRequest: _TypeAlias = TakeResultsRequest  # noqa: Y015
+
+@_typing.final
+class TakeResultsResponse(_message.Message):
+    """What to do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILES_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    LEASE_DURATION_FIELD_NUMBER: _builtins.int
+    wait: _builtins.bool
+    """Without results: whether another attempt makes them. Then ask again soon. Else this one is to make them, and to ask
+    again within `lease_duration` for as long as it does.
+    """
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]:
+        """The results, in their order: there is nothing to make."""
+
+    @_builtins.property
+    def lease_duration(self) -> _duration_pb2.Duration:
+        """For how long this attempt is taken for the maker."""
+
+    def __init__(
+        self,
+        *,
+        files: _abc.Iterable[Global___File] | None = ...,
+        wait: _builtins.bool = ...,
+        lease_duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "lease_duration", b"lease_duration", "wait", b"wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeResultsResponse: _TypeAlias = TakeResultsResponse  # noqa: Y015
+
+@_typing.final
 class WriteResultRequest(_message.Message):
     """A result. The capability travels as the metadata or header `x-atelier-capability`."""
 
@@ -385,13 +536,24 @@ class WriteResultRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     BODY_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    WORK_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    NAME_ENDING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The file's name."""
     index: _builtins.int
     """Which of the attempt's results, from 0."""
+    count: _builtins.int
+    """How many results the work has."""
+    name_ending: _builtins.str
+    """What follows the input's name in `name`, e.g. `-800x533.webp`."""
     @_builtins.property
     def body(self) -> _httpbody_pb2.HttpBody:
         """The bytes."""
+
+    @_builtins.property
+    def work(self) -> Global___Work:
+        """What made it; in JSON where this stands in a URL."""
 
     def __init__(
         self,
@@ -399,10 +561,13 @@ class WriteResultRequest(_message.Message):
         name: _builtins.str = ...,
         body: _httpbody_pb2.HttpBody | None = ...,
         index: _builtins.int = ...,
+        work: Global___Work | None = ...,
+        count: _builtins.int = ...,
+        name_ending: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "index", b"index", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "count", b"count", "index", b"index", "name", b"name", "name_ending", b"name_ending", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

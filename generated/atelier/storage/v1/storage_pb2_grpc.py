@@ -82,6 +82,11 @@ class StorageServiceStub:
                 request_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.ReadInputRequest.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
+        self.TakeResults = channel.unary_unary(
+                '/atelier.storage.v1.StorageService/TakeResults',
+                request_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.TakeResultsRequest.SerializeToString,
+                response_deserializer=atelier_dot_storage_dot_v1_dot_storage__pb2.TakeResultsResponse.FromString,
+                _registered_method=True)
         self.WriteResult = channel.unary_unary(
                 '/atelier.storage.v1.StorageService/WriteResult',
                 request_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.WriteResultRequest.SerializeToString,
@@ -167,6 +172,15 @@ class StorageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TakeResults(self, request, context):
+        """Before a worker makes anything: answers the results of equal work, as new files of the task's owner, if there are any
+        (of whom is nobody's business); else says who makes them. They are charged as if made. Fails with
+        CAPABILITY_INVALID, FILE_NOT_FOUND, FILE_TOO_LARGE or QUOTA_EXCEEDED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WriteResult(self, request, context):
         """Stores a result of the capability's task and attempt as a file of the task's owner. Repeating it with the same
         capability and index answers the first file. Fails with CAPABILITY_INVALID, FILE_TOO_LARGE or QUOTA_EXCEEDED.
@@ -230,6 +244,11 @@ def add_StorageServiceServicer_to_server(servicer, server):
                     servicer.ReadInput,
                     request_deserializer=atelier_dot_storage_dot_v1_dot_storage__pb2.ReadInputRequest.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+            ),
+            'TakeResults': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeResults,
+                    request_deserializer=atelier_dot_storage_dot_v1_dot_storage__pb2.TakeResultsRequest.FromString,
+                    response_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.TakeResultsResponse.SerializeToString,
             ),
             'WriteResult': grpc.unary_unary_rpc_method_handler(
                     servicer.WriteResult,
@@ -487,6 +506,33 @@ class StorageService:
             '/atelier.storage.v1.StorageService/ReadInput',
             atelier_dot_storage_dot_v1_dot_storage__pb2.ReadInputRequest.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeResults(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.storage.v1.StorageService/TakeResults',
+            atelier_dot_storage_dot_v1_dot_storage__pb2.TakeResultsRequest.SerializeToString,
+            atelier_dot_storage_dot_v1_dot_storage__pb2.TakeResultsResponse.FromString,
             options,
             channel_credentials,
             insecure,

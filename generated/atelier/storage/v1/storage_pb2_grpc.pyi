@@ -63,6 +63,11 @@ class StorageServiceStub:
     """The bytes of a file that the capability names as an input. Fails with CAPABILITY_INVALID
     or FILE_NOT_FOUND.
     """
+    TakeResults: _grpc.UnaryUnaryMultiCallable[_storage_pb2.TakeResultsRequest, _storage_pb2.TakeResultsResponse]
+    """Before a worker makes anything: answers the results of equal work, as new files of the task's owner, if there are any
+    (of whom is nobody's business); else says who makes them. They are charged as if made. Fails with
+    CAPABILITY_INVALID, FILE_NOT_FOUND, FILE_TOO_LARGE or QUOTA_EXCEEDED.
+    """
     WriteResult: _grpc.UnaryUnaryMultiCallable[_storage_pb2.WriteResultRequest, _storage_pb2.File]
     """Stores a result of the capability's task and attempt as a file of the task's owner. Repeating it with the same
     capability and index answers the first file. Fails with CAPABILITY_INVALID, FILE_TOO_LARGE or QUOTA_EXCEEDED.
@@ -105,6 +110,11 @@ class StorageServiceAsyncStub(StorageServiceStub):
     ReadInput: _aio.UnaryUnaryMultiCallable[_storage_pb2.ReadInputRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
     """The bytes of a file that the capability names as an input. Fails with CAPABILITY_INVALID
     or FILE_NOT_FOUND.
+    """
+    TakeResults: _aio.UnaryUnaryMultiCallable[_storage_pb2.TakeResultsRequest, _storage_pb2.TakeResultsResponse]  # type: ignore[assignment]
+    """Before a worker makes anything: answers the results of equal work, as new files of the task's owner, if there are any
+    (of whom is nobody's business); else says who makes them. They are charged as if made. Fails with
+    CAPABILITY_INVALID, FILE_NOT_FOUND, FILE_TOO_LARGE or QUOTA_EXCEEDED.
     """
     WriteResult: _aio.UnaryUnaryMultiCallable[_storage_pb2.WriteResultRequest, _storage_pb2.File]  # type: ignore[assignment]
     """Stores a result of the capability's task and attempt as a file of the task's owner. Repeating it with the same
@@ -199,6 +209,17 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_httpbody_pb2.HttpBody, _abc.Awaitable[_httpbody_pb2.HttpBody]]:
         """The bytes of a file that the capability names as an input. Fails with CAPABILITY_INVALID
         or FILE_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def TakeResults(
+        self,
+        request: _storage_pb2.TakeResultsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_storage_pb2.TakeResultsResponse, _abc.Awaitable[_storage_pb2.TakeResultsResponse]]:
+        """Before a worker makes anything: answers the results of equal work, as new files of the task's owner, if there are any
+        (of whom is nobody's business); else says who makes them. They are charged as if made. Fails with
+        CAPABILITY_INVALID, FILE_NOT_FOUND, FILE_TOO_LARGE or QUOTA_EXCEEDED.
         """
 
     @_abc_1.abstractmethod
