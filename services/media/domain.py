@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -136,13 +136,13 @@ class Gravity(Enum):
 class Work:
     """What a task may ask for."""
 
+    VERSION: ClassVar[int] = 1
+    """Goes up with every change to what comes out, so that results of before are not taken for those of now."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation(Work):
     """What turns an image into another; without a format most results have the input's, or are PNGs."""
-
-    VERSION: ClassVar[int] = 1
-    """Goes up with every change to what comes out, so that results of before are not taken for those of now."""
 
     format: Format | None = None
     quality: int = 80
@@ -427,7 +427,7 @@ def result_name(input_name: str, written: Written) -> str:
     return stem[: MAX_NAME_LENGTH - len(ending)] + ending
 
 
-def canonical(operation: Operation, contents: Mapping[str, str]) -> str:
+def canonical(operation: Work, contents: Mapping[str, str]) -> str:
     """Return all that an operation says, its defaults included, in the one way for all that say the same.
 
     Args:
@@ -437,9 +437,21 @@ def canonical(operation: Operation, contents: Mapping[str, str]) -> str:
     return json.dumps(_plain(operation, contents), sort_keys=True, separators=(",", ":"))
 
 
+def models_used(canonical_operation: str, models: Iterable[Model]) -> str:
+    """Return the names, versions and weights of the models that serve what stands in `canonical(operation)`."""
+    used = [each for each in models if f'"operation":"{_camel(each.operation)}"' in canonical_operation]
+    return ", ".join(f"{each.name} {each.version} {each.sha256[:16]}" for each in used)
+
+
 def work_key(*parts: str) -> str:
     """Return the name of some work: equal for equal `parts`, 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _camel(name: str) -> str:
+    """Return how the contract's JSON calls an operation, from its field's or its message's name."""
+    first, *more = name.split("_")
+    return first[0].lower() + first[1:] + "".join(each.capitalize() for each in more)
 
 
 def _plain(value: Any, contents: Mapping[str, str]) -> Any:
@@ -449,9 +461,8 @@ def _plain(value: Any, contents: Mapping[str, str]) -> Any:
             for field in fields(value)
             if (found := getattr(value, field.name)) is not None
         }
-        if isinstance(value, Operation):
-            name = type(value).__name__  # as the contract's JSON calls it
-            said |= {"operation": name[0].lower() + name[1:], "version": value.VERSION}
+        if isinstance(value, Work):
+            said |= {"operation": _camel(type(value).__name__), "version": value.VERSION}
         return said
     if isinstance(value, Enum):
         return value.name

@@ -1,6 +1,6 @@
 """Child processes of a worker, and of the media service, any of which may die of its work.
 
-Slots: each a folder and a process that does one operation at a time. And a worker's process that has the models, for all.
+Slots: each a folder and a process that does one operation at a time. And of a worker one process that has the models.
 """
 
 from __future__ import annotations

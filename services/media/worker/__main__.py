@@ -31,6 +31,7 @@ async def main(config: WorkerConfig) -> None:
             files,
             slots,
             pools=pools(config, models),
+            models=models,
             worker_id=config.instance,
             drain_seconds=config.drain_seconds,
         )

@@ -19,9 +19,7 @@ from mesh.broker import Broker, Delivery
 from mesh.errors import DeadlineExceeded, Internal, MeshError, Unavailable
 from mesh.together import Together
 from services.media.convert import operation_from
-from services.media.domain import Operation, canonical, result_name
-from services.media.peers import Storage
-from services.media.domain import Model, Operation, canonical, result_name
+from services.media.domain import Model, Operation, canonical, models_used, result_name
 from services.media.peers import Storage
 from services.media.processes import ENCODER, Slot
 from services.media.worker.capacity import CPU, GPU
@@ -85,6 +83,7 @@ class Worker:
         slots: Sequence[Slot],
         *,
         pools: Sequence[str],
+        models: Sequence[Model] = (),
         worker_id: str,
         drain_seconds: float,
     ) -> None:
@@ -93,6 +92,7 @@ class Worker:
         self._made = Results(results)
         self._storage = storage
         self._pools = pools
+        self._models = models
         self._worker_id = worker_id
         self._drain_seconds = drain_seconds
         self._draining = False
@@ -240,10 +240,12 @@ class Worker:
         task, capability = assignment.task, assignment.capability
         operation = operation_from(task.operation)
         others = list(dict.fromkeys(bounds.file_references(task.operation)))
+        said = canonical(operation, {file_id: f"file {n}" for n, file_id in enumerate(others, 1)})
         work = storage_pb2.Work(
             input_file_ids=[task.input_file_id, *others],
-            operation=canonical(operation, {file_id: f"file {n}" for n, file_id in enumerate(others, 1)}),
+            operation=said,
             encoder=ENCODER,
+            model=models_used(said, self._models),
         )
         async with self._made.taken(work, capability) as file_ids:
             return file_ids or await self._make(assignment, operation, work, slot, progress)

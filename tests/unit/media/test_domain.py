@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.media.domain import Fit, Format, Gravity, Resize, Written, placed, resized, result_name
+from services.media import domain
+from services.media.domain import Fit, Format, Gravity, Resize, Written, canonical, placed, resized, result_name
 
 sides = st.integers(1, 16_384)
 
@@ -48,3 +50,30 @@ def test_a_mark_never_leaves_the_image(free_width, free_height, margin_px, gravi
 )
 def test_a_result_is_named_after_its_input(name, expected):
     assert result_name(name, Written(Path("result-0.webp"), Format.WEBP, 800, 533)) == expected
+
+
+def test_equal_operations_say_the_same_however_they_were_said() -> None:
+    mark = domain.Watermark(image=domain.Image(file_id="fil_a"))
+    same = domain.Watermark(image=domain.Image(file_id="fil_b", scale=0.2), quality=80, opacity=0.5)
+
+    assert canonical(mark, {"fil_a": "file 1"}) == canonical(same, {"fil_b": "file 1"})
+    assert canonical(mark, {"fil_a": "file 1"}) != canonical(mark, {"fil_a": "file 2"})
+    assert canonical(domain.Resize(width=1), {}) != canonical(domain.Convert(), {})
+
+
+def test_another_version_of_an_operation_is_another_operation() -> None:
+    newer = type("Resize", (domain.Resize,), {"VERSION": 2})
+
+    assert canonical(newer(width=1), {}) != canonical(domain.Resize(width=1), {})
+
+
+def test_the_models_of_the_operations_at_hand_are_part_of_the_work() -> None:
+    said = canonical(domain.RemoveBackground(), {})
+    model = domain.Model(
+        name="net", version="1", operation="remove_background", file="f", sha256="a" * 64, licence="MIT", source="s",
+        item_bytes=1, side_px=320,
+    )  # fmt: skip
+    other = dataclasses.replace(model, operation="upscale", name="other")
+
+    assert domain.models_used(said, [model, other]) == "net 1 aaaaaaaaaaaaaaaa"
+    assert domain.models_used(canonical(domain.Resize(width=1), {}), [model]) == ""
