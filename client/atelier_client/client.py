@@ -229,7 +229,29 @@ class Atelier:
         self, file_id: str, to: Path | str | BinaryIO, *, on_bytes: OnBytes = lambda _done, _size: None
     ) -> int:
         """Write a file's bytes to `to`, and return how many; a path's file is whole or not there."""
-        target = f"/api/v1/files/{quote(file_id, safe='')}/content"
+        return await self._fetched(f"/api/v1/files/{quote(file_id, safe='')}/content", to, on_bytes)
+
+    async def render(
+        self,
+        file_id: str,
+        to: Path | str | BinaryIO,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        fit: str | None = None,
+        format: str | None = None,  # noqa: A002 - the contract's name
+        quality: int | None = None,
+        on_bytes: OnBytes = lambda _done, _size: None,
+    ) -> int:
+        """Write an image at another size to `to`, as `download` does; no task, and nothing is stored.
+
+        What is wanted is as RenderFileRequest says; `fit` and `format` are e.g. `fill` and `webp`.
+        """
+        wanted = {"width": width, "height": height, "fit": fit, "format": format, "quality": quality}
+        query = urlencode({name: value for name, value in wanted.items() if value is not None})
+        return await self._fetched(f"/api/v1/files/{quote(file_id, safe='')}/render?{query}", to, on_bytes)
+
+    async def _fetched(self, target: str, to: Path | str | BinaryIO, on_bytes: OnBytes) -> int:
         with _sink(to) as sink:
 
             async def attempt(token: str) -> int:

@@ -100,6 +100,12 @@ def format_of(path: Path) -> int | None:
     return known.get(extension)
 
 
+def format_called(path: Path) -> str | None:
+    """Return the format that an extension stands for as people type it, e.g. `webp`. Raises as `format_of`."""
+    number = format_of(path)
+    return None if number is None else _short(_FORMAT, _FORMAT.values_by_number[number].name)
+
+
 def build(kind: FieldDescriptor, values: Mapping[str, Any]) -> Operation:
     """Return the operation that the options' values say; what was not given is None or ().
 

@@ -7,14 +7,15 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import click
-from atelier.media.v1.media_pb2 import Operation
+from atelier.media.v1.media_pb2 import Operation, RenderFileRequest
 from atelier.storage.v1.storage_pb2 import File
 from atelier.task.v1.task_pb2 import DeadLetter, RedriveTasksResponse, ReplayTasksResponse, Task, TaskBatch
 from google.protobuf.descriptor import FieldDescriptor
@@ -356,15 +357,19 @@ async def _on_server(atelier: Atelier, source: str, steps: Steps) -> File:
 
 
 async def _fetched(atelier: Atelier, file: File, output: str, steps: Steps) -> int:
-    """Write a file's bytes to `output` once all are here, and return how many."""
+    return await _written(partial(atelier.download, file.file_id), output, steps)
+
+
+async def _written(fetched: Callable[..., Awaitable[int]], output: str, steps: Steps) -> int:
+    """Write what `fetched` fetches to `output` once all is here, and return how many bytes."""
 
     def on_bytes(done: int, total: int) -> None:
         steps.show("receiving", done / total if total else None)
 
     if output != STANDARD:
-        return await atelier.download(file.file_id, output, on_bytes=on_bytes)
+        return await fetched(output, on_bytes=on_bytes)
     with tempfile.TemporaryFile() as whole:
-        written = await atelier.download(file.file_id, whole, on_bytes=on_bytes)
+        written = await fetched(whole, on_bytes=on_bytes)
         whole.seek(0)
         shutil.copyfileobj(whole, sys.stdout.buffer)
     sys.stdout.buffer.flush()
@@ -567,6 +572,26 @@ async def download(shell: Shell, atelier: Atelier, file_id: str, output: str) ->
         written = await _fetched(atelier, file, output, steps)
     if output != STANDARD:
         shell.answer({"output": output, "file": document(file)}, f"{output}: {size(written)}")
+
+
+@files.command()
+@click.argument("file_id")
+@click.option("-o", "--output", metavar="PATH", required=True, help="Where it goes; '-' is standard output.")
+@connected
+async def render(shell: Shell, atelier: Atelier, /, file_id: str, output: str, **wanted: Any) -> None:
+    """Fetch an image at another size."""
+    _require_output(output, detach=False)
+    if wanted["format"] is None and output != STANDARD:
+        wanted["format"] = operations.format_called(Path(output))
+    with Steps(shell) as steps:
+        written = await _written(partial(atelier.render, file_id, **wanted), output, steps)
+    if output != STANDARD:
+        shell.answer({"output": output, "sizeBytes": str(written)}, f"{output}: {size(written)}")
+
+
+render.params += [
+    each.option() for each in operations.parameters(RenderFileRequest.DESCRIPTOR) if each.name != "file_id"
+]
 
 
 @files.command()

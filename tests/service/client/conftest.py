@@ -424,6 +424,10 @@ class Installation(
             return refused(NoFile("There is no such file."))
         return Response(found[1], media_type=found[0].content_type)
 
+    async def render(self, request: Request) -> Response:
+        """Answer with what was asked for."""
+        return self.refusal(request) or Response(request.url.query.encode())
+
     def refusal(self, request: Request) -> Response | None:
         known = request.headers.get("authorization", "").removeprefix("Bearer ") in self.access_tokens
         return None if known else refused(Expired("The access token has expired."))
@@ -447,6 +451,7 @@ class Installation(
                 Route("/api/v1/version", version),
                 Route("/api/v1/files", self.upload, methods=["POST"]),
                 Route("/api/v1/files/{file_id}/content", self.download),
+                Route("/api/v1/files/{file_id}/render", self.render),
             ]
         )
 

@@ -86,6 +86,14 @@ async def test_a_download_goes_to_an_open_file_too(atelier: Atelier, installatio
     assert (length, sink.getvalue()) == (3, b"abc")
 
 
+async def test_an_image_is_fetched_at_another_size(atelier: Atelier) -> None:
+    sink = io.BytesIO()
+
+    await atelier.render("fil_1", sink, width=320, fit="fill", format="webp")
+
+    assert sink.getvalue() == b"width=320&fit=fill&format=webp"
+
+
 async def test_a_cancelled_upload_ends_at_once(atelier: Atelier, installation: Installation) -> None:
     installation.upload_pause_seconds = 1
     sending = asyncio.create_task(atelier.upload(bytes(50_000_000), name="long.jpg"))

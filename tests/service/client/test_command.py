@@ -336,6 +336,16 @@ async def test_files_are_sent_fetched_and_deleted(person: Person, installation: 
     assert (person.folder / "copy.jpg").read_bytes() == photo(person).read_bytes()
 
 
+async def test_an_image_is_fetched_at_another_size_in_the_format_of_its_name(person: Person) -> None:
+    await person.registers()
+
+    done, _, _ = await person.types("files", "render", "fil_1", "-o", "small.webp", "--width", "64", "--fit", "fill")
+    wrong, _, said = await person.types("files", "render", "fil_1", "-o", "small.webp", "--width", "4097")
+
+    assert (done, (person.folder / "small.webp").read_text()) == (0, "width=64&fit=fill&format=webp")
+    assert (wrong, "4096" in str(said)) == (2, True)
+
+
 async def test_the_first_administrator_comes_by_the_secret_and_has_the_role_at_once(
     person: Person, installation: Installation
 ) -> None:

@@ -18,6 +18,7 @@ import pytest
 from atelier.media.v1 import media_pb2
 from atelier.storage.v1 import storage_pb2, storage_pb2_grpc
 from atelier.task.v1 import task_pb2, task_pb2_grpc
+from google.protobuf.duration_pb2 import Duration
 from google.rpc import status_pb2
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -157,6 +158,9 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
         at = capability if index == "0" else f"{capability}-{index}"
         self.results[at] = (request.query_params["name"], request.headers["content-type"], content)
         return JSONResponse({"fileId": f"fil_of_{at}"})
+
+    async def TakeResults(self, request, _):
+        return storage_pb2.TakeResultsResponse(lease_duration=Duration(seconds=15))  # nothing was made before
 
     async def DiscardResult(self, request, _):
         self.discarded.append(request.capability)
