@@ -63,7 +63,7 @@ async def soak(mesh: Mesh, count: int) -> list[Growth]:
         file = await asked(person, "POST", "files", params={"name": path.name}, content=path.read_bytes())
         for done in range(BATCH, count + 1, BATCH):
             await person.sign_in()  # a token lives five minutes
-            await do_batch(person, file["fileId"])
+            await do_batch(person, file["fileId"], done)
             memory = {name: process.memory_info().rss for name, process in processes.items()}
             memory[CHILDREN] = sum(child.memory_info().rss for child in processes["media-worker-1"].children())
             for name, growth in growths.items():
@@ -73,9 +73,12 @@ async def soak(mesh: Mesh, count: int) -> list[Growth]:
     return list(growths.values())
 
 
-async def do_batch(person: Person, file_id: str) -> None:
-    """Have a batch of tasks done, all of which must succeed."""
-    items = [{"inputFileId": file_id, "operation": {"resize": {"width": 32}}}] * BATCH
+async def do_batch(person: Person, file_id: str, done: int) -> None:
+    """Have a batch of tasks done, all of which must succeed; each is other work, or it would be done once."""
+    items = [
+        {"inputFileId": file_id, "operation": {"resize": {"width": 16 + number // 100, "quality": 1 + number % 100}}}
+        for number in range(done, done + BATCH)
+    ]
     batch = await asked(person, "POST", f"{person.http.base_url}tasks:batch", json={"items": items})
     while int(batch["stateCounts"]["succeeded"]) < BATCH:
         if batch["stateCounts"]["failed"] or batch["stateCounts"]["cancelled"]:

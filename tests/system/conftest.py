@@ -17,6 +17,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     settings = {
         "CONTROL_RATE_SIGN_IN": "100:500",
         "CONTROL_RATE_READ": "5000:5000",
+        "MEDIA_RENDERS_AT_ONCE": "8",  # so that a test can ask for too many
         "TASK_WEBHOOK_ALLOWED_NETWORKS": "127.0.0.2/32",  # where a test listens
     }
     with running(var, replicas=2, settings=settings) as started:

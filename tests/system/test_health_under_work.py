@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import statistics
 import time
 from collections.abc import Awaitable, Callable
@@ -71,8 +72,11 @@ async def require_health(mesh: Mesh, service: str, work: Callable[[], Awaitable[
 async def test_r20_a_worker_answers_probes_while_it_computes(mesh: Mesh, person: Person) -> None:
     file = await upload(person, photograph())
 
+    widths = itertools.count(4000)  # the same work would be done once
+
     async def done() -> None:
-        created = await person.http.post("tasks", json={"inputFileId": file["fileId"], "operation": MUCH})
+        operation = {"resize": {**MUCH["resize"], "width": next(widths)}}
+        created = await person.http.post("tasks", json={"inputFileId": file["fileId"], "operation": operation})
         assert (await watched(person.http, created.json()["taskId"]))["state"] == "STATE_SUCCEEDED"
 
     await require_health(mesh, "media-worker", done, at_a_time=2)
