@@ -19,7 +19,7 @@ from mesh.broker import Broker, Delivery
 from mesh.errors import DeadlineExceeded, Internal, MeshError, Unavailable
 from mesh.together import Together
 from services.media.convert import operation_from
-from services.media.domain import Model, Operation, canonical, models_used, result_name
+from services.media.domain import Model, Work, canonical, models_used, result_name
 from services.media.peers import Storage
 from services.media.processes import ENCODER, Slot
 from services.media.worker.capacity import CPU, GPU
@@ -253,7 +253,7 @@ class Worker:
     async def _make(
         self,
         assignment: task_pb2.ClaimTaskResponse.Assignment,
-        operation: Operation,
+        operation: Work,
         work: storage_pb2.Work,
         slot: Slot,
         progress: Progress,
