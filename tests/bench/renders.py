@@ -51,6 +51,7 @@ def thumbor(folder: Path, originals: Path) -> Iterator[str]:
         f"ALLOW_UNSAFE_URL = True\nLOADER = 'thumbor.loaders.file_loader'\nFILE_LOADER_ROOT_PATH = '{originals}'\n"
         "STORAGE = 'thumbor.storages.no_storage'\nRESULT_STORAGE = 'thumbor.result_storages.file_storage'\n"
         f"RESULT_STORAGE_FILE_STORAGE_ROOT_PATH = '{folder / 'results'}'\nPROGRESSIVE_JPEG = False\nQUALITY = 80\n"
+        "RESULT_STORAGE_STORES_UNSAFE = True\n"
     )
     python = peers.python_with("thumbor")
     command = [python, "-m", "thumbor.server", "--ip", "127.0.0.1", "--port", str(port), "--conf", settings]
@@ -86,7 +87,7 @@ async def cold(http: httpx.AsyncClient, urls: list[str]) -> dict[str, float]:
 
 
 def warm(url: str, headers: Mapping[str, str]) -> dict[str, float]:
-    command = ["wrk", "-t1", f"-c{WARM_CONNECTIONS}", f"-d{WARM_SECONDS}s", "--latency"]
+    command = ["wrk", "-t1", f"-c{WARM_CONNECTIONS}", f"-d{WARM_SECONDS}s", "--latency", "--timeout", "60s"]
     for name, value in headers.items():
         command += ["-H", f"{name}: {value}"]
     text = subprocess.run([*command, url], check=True, capture_output=True, text=True).stdout
