@@ -138,6 +138,9 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
         self.reads: list[str] = []
         self.away = False
         self.delay_seconds = 0.0
+        self.asked = 0
+        self.ignorant = False
+        self.making_seconds = 15
 
     async def read(self, request: Request) -> Response:
         self.reads.append(request.headers["x-atelier-capability"])
@@ -160,7 +163,11 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
         return JSONResponse({"fileId": f"fil_of_{at}"})
 
     async def TakeResults(self, request, _):
-        return storage_pb2.TakeResultsResponse(lease_duration=Duration(seconds=15))  # nothing was made before
+        self.asked += 1
+        if self.ignorant:
+            raise Unavailable("Away.")
+        # Nothing was made before.
+        return storage_pb2.TakeResultsResponse(lease_duration=Duration(seconds=self.making_seconds))
 
     async def DiscardResult(self, request, _):
         self.discarded.append(request.capability)

@@ -101,6 +101,30 @@ async def test_progress_is_reported_while_it_works(start: Start):
     assert fractions[-1] < 1
 
 
+async def test_who_makes_what_others_wait_for_says_so_for_as_long_as_it_does(start: Start):
+    world = await start()
+    world.storage.making_seconds = 1
+
+    task_id = world.do(LONG, "fil_retina")
+
+    await eventually(lambda: world.storage.asked > 3, within_seconds=20)
+    world.tasks.lost.add(task_id)
+    await eventually(lambda: world.storage.discarded)
+    asked, world.storage.making_seconds = world.storage.asked, 15
+    after = world.do()
+    await eventually(lambda: after in world.tasks.completed)
+    assert world.storage.asked == asked + 1
+
+
+async def test_where_nobody_knows_what_was_made_before_it_is_made(start: Start):
+    world = await start()
+    world.storage.ignorant = True
+
+    task_id = world.do()
+
+    await eventually(lambda: task_id in world.tasks.completed)
+
+
 async def test_a_damaged_input_fails_for_good_with_its_reason(start: Start):
     world = await start()
     world.storage.inputs["fil_cut"] = ("cut.jpg", world.storage.inputs["fil_rocket"][1][:9000])

@@ -7,12 +7,14 @@ from itertools import count
 import pytest
 from atelier.storage.v1 import storage_pb2
 from google.protobuf import json_format
-from sqlalchemy import func, select, text
+from sqlalchemy import delete, func, select, text
 
+from mesh.database import advisory_lock
 from mesh.errors import NotFound, PermissionDenied, ResourceExhausted
 from services.storage.domain import Origin, Turn, Work, work_key
 from services.storage.keeping import Keeping
-from services.storage.tables import making
+from services.storage.tables import file, making
+from tests.databases import on_postgresql
 from tests.service.storage.test_crashes import Crash, Crashing, crashing, in_agreement, tidied
 from tests.service.storage.world import World, granted
 
@@ -190,12 +192,11 @@ async def test_what_was_deleted_is_made_anew_and_what_another_took_is_not(world)
     await first.take()
     made = await first.write()
     (taken,) = (await second.take()).files
-    delete = storage_pb2.DeleteFileRequest
 
-    await world.stub().DeleteFile(delete(file_id=made))
+    await world.stub().DeleteFile(storage_pb2.DeleteFileRequest(file_id=made))
     (again,) = (await third.take()).files
     for each in (taken, again):
-        await world.stub().DeleteFile(delete(file_id=each.file_id))
+        await world.stub().DeleteFile(storage_pb2.DeleteFileRequest(file_id=each.file_id))
 
     assert await (await asked(world, "tsk_4")).turn() == "make"
     assert await in_agreement(world)
@@ -278,13 +279,28 @@ async def test_bytes_are_never_given_away_that_a_delete_takes_meanwhile(world):
         file_id = await first.write(f"small {number}".encode())
         others = [Attempt(world, first.work.input_file_ids[0], f"tsk_{number}_{n}", "usr_ann") for n in (1, 2, 3)]
 
-        async def delete(file_id: str = file_id) -> None:
+        async def delete_it(file_id: str = file_id) -> None:
             await world.stub().DeleteFile(storage_pb2.DeleteFileRequest(file_id=file_id))
 
-        turns = await asyncio.gather(others[0].turn(), delete(), *(each.turn() for each in others[1:]))
+        turns = await asyncio.gather(others[0].turn(), delete_it(), *(each.turn() for each in others[1:]))
 
         assert set(turns) - {None} <= {"take", "make", "wait"}
         assert await in_agreement(world)
+
+
+@on_postgresql
+async def test_a_content_whose_last_file_goes_while_it_is_looked_at_is_made_anew(world):
+    same = await made(world)
+    (source,) = await world.files.results("tsk_1", 1)
+
+    async with world.sql.transaction() as connection:
+        await advisory_lock(connection, source.sha256)  # as whoever removes the bytes
+        taking = asyncio.create_task(world.files.take(same, 15))
+        await asyncio.wait([taking], timeout=0.5)
+        waited = not taking.done()
+        await connection.execute(delete(file).where(file.c.file_id == source.file_id))
+
+    assert (waited, await taking) == (True, (Turn.MAKE, []))
 
 
 async def test_a_taken_file_whose_source_goes_before_it_is_settled_keeps_its_bytes(world):
