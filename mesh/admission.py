@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import uuid_utils
 
-from mesh import context, telemetry
+from mesh import context, telemetry, urls
 from mesh.context import Request
 from mesh.contract import Method
 from mesh.errors import DeadlineExceeded, Internal, MeshError, PermissionDenied, Unavailable
@@ -45,6 +45,7 @@ def admit(
     *,
     seconds: float | None,
     draining: asyncio.Event | None = None,
+    target: str | None = None,
 ) -> Request:
     """Make the request that `metadata` describes the present one, and return it if the policy of `method` lets it in.
 
@@ -56,6 +57,7 @@ def admit(
         intentions: may take back what the policy allows, and nothing else.
         seconds: what the caller left of its time; None for no limit of its own.
         draining: set when this instance stops; None for a listener whose calls never only wait.
+        target: the URL that a signature in `metadata` must be of; None when another service passes it on.
 
     Raises:
         CallerNotAllowed, RoleRequired, and whatever `Intentions.require_allowed` and `Verifier.user` raise.
@@ -76,7 +78,8 @@ def admit(
         )
     intentions.require_allowed(request.caller)
     if method.access in ("USER", "ADMIN"):
-        user = verifier.user(metadata.get("authorization"))
+        signature = metadata.get(urls.SIGNATURE_KEY) if method.signed_url else None
+        user = verifier.signed(signature, target) if signature else verifier.user(metadata.get("authorization"))
         request = replace(request, user=user)
         context.serve(request)
         if method.access == "ADMIN" and user.role != ADMIN:

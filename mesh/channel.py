@@ -20,6 +20,7 @@ from mesh import context, contract, status, telemetry
 from mesh.certificates import CERTIFICATE, KEY, PRESENT, ROOTS, Leaf
 from mesh.config import ServiceConfig
 from mesh.errors import DeadlineExceeded, Unavailable
+from mesh.urls import SIGNATURE_KEY
 
 PROVIDER = "mesh"
 """By which the control plane refers to our certificates."""
@@ -172,7 +173,9 @@ def outgoing_metadata() -> list[tuple[str, str]]:
     request = context.present()
     if request is not None:
         carrier["x-request-id"] = request.request_id
-        if request.user is not None:
+        if request.user is not None and request.user.signature:
+            carrier[SIGNATURE_KEY] = request.user.signature
+        elif request.user is not None:
             carrier["authorization"] = f"Bearer {request.user.token}"
     return list(carrier.items())
 

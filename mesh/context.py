@@ -30,6 +30,8 @@ class User:
     expire_time: datetime
     revocable: tuple[tuple[str, str], ...] = ()
     """Claims of the token and their values, any of which may be revoked."""
+    signature: str = ""
+    """Of the URL that speaks for them, where no token does."""
 
 
 @dataclass(frozen=True, slots=True)

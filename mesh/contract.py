@@ -52,6 +52,8 @@ class Method:
     audited: bool
     bytes: bool
     """Served by the owner's HTTP listener."""
+    signed_url: bool
+    """A signed URL may stand in for a token."""
     idempotent: bool
     client_streaming: bool
     server_streaming: bool
@@ -111,6 +113,8 @@ def _method(service_name: str, method: descriptor_pb2.MethodDescriptorProto, own
     http = _http_rule(method)
     if policy.bytes and http is None:
         raise ValueError(f"{full_name} is served over HTTP and needs a google.api.http rule")
+    if policy.signed_url and access != "USER":
+        raise ValueError(f"{full_name} takes signed URLs, which speak for a user, and is not for users")
     return Method(
         full_name=full_name,
         service=service_name,
@@ -122,6 +126,7 @@ def _method(service_name: str, method: descriptor_pb2.MethodDescriptorProto, own
         max_request_bytes=policy.max_request_bytes or DEFAULT_MAX_REQUEST_BYTES,
         audited=policy.audited,
         bytes=policy.bytes,
+        signed_url=policy.signed_url,
         idempotent=method.options.idempotency_level != descriptor_pb2.MethodOptions.IDEMPOTENCY_UNKNOWN,
         client_streaming=method.client_streaming,
         server_streaming=method.server_streaming,

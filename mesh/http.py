@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mesh import admission, status, telemetry
+from mesh import admission, status, telemetry, urls
 from mesh.certificates import Leaf, peer_spiffe_id
 from mesh.contract import Contract, Method
 from mesh.errors import Cancelled, MeshError, NotFound, PayloadTooLarge
@@ -63,7 +63,10 @@ def _admitting(endpoint: Endpoint, method: Method, verifier: Verifier, intention
         failure: MeshError
         with telemetry.server_span(method.full_name, metadata):
             try:
-                admitted = admission.admit(method, request.state.caller, metadata, verifier, intentions, seconds=None)
+                target = _signed_target(request, metadata) if method.signed_url else None
+                admitted = admission.admit(
+                    method, request.state.caller, metadata, verifier, intentions, seconds=None, target=target
+                )
                 async with asyncio.timeout_at(admitted.deadline) as deadline:
                     with _ending(deadline, request.state.gone):
                         response = await endpoint(request)
@@ -89,6 +92,17 @@ def _admitting(endpoint: Endpoint, method: Method, verifier: Verifier, intention
         return refusal(failure)
 
     return serve
+
+
+def _signed_target(request: Request, metadata: dict[str, str]) -> str | None:
+    """Take the signature out of a URL and put it where another service would have; return what it must be of."""
+    path, query = request.scope["raw_path"].decode("latin-1"), request.scope["query_string"].decode("latin-1")
+    target, signature = urls.parts(path, query)
+    if not signature:
+        return None
+    metadata[urls.SIGNATURE_KEY] = signature
+    request.scope["query_string"] = target.partition("?")[2].encode("latin-1")
+    return target
 
 
 @contextlib.contextmanager

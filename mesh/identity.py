@@ -19,6 +19,7 @@ import jwt
 from atelier.mesh.v1 import identity_pb2, identity_pb2_grpc
 from cachetools import LRUCache
 
+from mesh import urls
 from mesh.context import TokenMissing, User
 from mesh.errors import MeshError, Unauthenticated, Unavailable
 
@@ -80,7 +81,8 @@ class RemoteIdentityFeed:
 class Verifier:
     """Turns an access token into a User, each token once, until it is revoked."""
 
-    def __init__(self) -> None:
+    def __init__(self, url_key: str = "") -> None:
+        self._url_key = url_key
         self._keys: dict[str, jwt.PyJWK] = {}
         self._users: LRUCache[bytes, User] = LRUCache(CACHED_TOKENS)
         self.jwks: str | None = None
@@ -150,6 +152,10 @@ class Verifier:
             raise _expired()
         self.require_unrevoked(user)
         return user
+
+    def signed(self, signature: str, target: str | None) -> User:
+        """Return whom a signed URL speaks for. Raises what `urls.user` does."""
+        return urls.user(self._url_key, signature, target)
 
     def _verified(self, token: str) -> User:
         if not self._keys:

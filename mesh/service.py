@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from mesh import admin, admission, bounds, channel, contract, discovery, status, telemetry
+from mesh import admin, admission, bounds, channel, contract, discovery, status, telemetry, urls
 from mesh import http as http_listener
 from mesh.certificates import Leaf
 from mesh.config import ServiceConfig
@@ -321,7 +321,9 @@ async def serve(
     """
     telemetry.configure(config.service, config.instance)
     stopping = stop_signal(config)
-    verifier, intentions, rpcs = Verifier(), Intentions(leaf), contract.installed()
+    intentions, rpcs = Intentions(leaf), contract.installed()
+    takes_urls = any(method.signed_url and method.owner == config.service for method in rpcs.methods.values())
+    verifier = Verifier(config.secret(urls.KEY) if takes_urls else "")
     settings = Live(config)
     works, checks, registrations = [settings.follow, *background], list(dependencies), []
     ports = Ports(config)

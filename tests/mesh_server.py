@@ -33,6 +33,7 @@ NARROW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_535), (
 """Options of a channel whose streams hold 64 KiB that nobody has read: HTTP/2's own window, which does not grow."""
 SERVICE = "storage"
 """Whose certificate the service under test shows; nobody looks at the name, but for the HTTP listener's."""
+URL_KEY = "1" * 64
 KEY = ec.generate_private_key(ec.SECP256R1())
 JWKS = json.dumps({"keys": [{**json.loads(ECAlgorithm.to_jwk(KEY.public_key())), "kid": "test", "alg": "ES256"}]})
 
@@ -128,7 +129,7 @@ async def serving(
 ) -> AsyncIterator[Server]:
     """Serve on free ports of loopback, with the certificate of `service_name`."""
     own, rpcs = leaf(service_name), rpcs or contract.installed()
-    verifier, intentions = Verifier(), Intentions(own)
+    verifier, intentions = Verifier(URL_KEY), Intentions(own)
     verifier.take(JWKS)
     intentions.take([])
     async with AsyncExitStack() as stack:

@@ -251,6 +251,14 @@ class Atelier:
         query = urlencode({name: value for name, value in wanted.items() if value is not None})
         return await self._fetched(f"/api/v1/files/{quote(file_id, safe='')}/render?{query}", to, on_bytes)
 
+    async def sign_url(self, file_id: str, *, render: str | None = None, lifetime: timedelta | None = None) -> str:
+        """Return a URL of a file's content that needs no token; of a render when its query is given: `width=320`."""
+        request = storage_pb2.SignFileUrlRequest(file_id=file_id, render=render)
+        if lifetime is not None:
+            request.lifetime_duration.FromTimedelta(lifetime)
+        signed = await self._signed_in(self._storage.SignFileUrl, request)
+        return f"{self.server.url}{signed.url}"
+
     async def _fetched(self, target: str, to: Path | str | BinaryIO, on_bytes: OnBytes) -> int:
         with _sink(to) as sink:
 

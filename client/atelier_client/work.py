@@ -595,6 +595,18 @@ render.params += [
 
 
 @files.command()
+@click.argument("file_id")
+@click.option("--render", metavar="QUERY", help="Of the image at another size, e.g. 'width=320&format=webp'.")
+@click.option("--seconds", type=click.IntRange(1, 604_800), help="How long it is good for; not given: an hour.")
+@connected
+async def url(shell: Shell, atelier: Atelier, file_id: str, render: str | None, seconds: int | None) -> None:
+    """Print a URL of a file that needs no token: whoever has it may read the file."""
+    lifetime = None if seconds is None else timedelta(seconds=seconds)
+    signed = await atelier.sign_url(file_id, render=render, lifetime=lifetime)
+    shell.answer({"url": signed}, signed)
+
+
+@files.command()
 @click.argument("file_ids", metavar="FILE_ID...", nargs=-1, required=True)
 @connected
 async def delete(shell: Shell, atelier: Atelier, file_ids: tuple[str, ...]) -> None:

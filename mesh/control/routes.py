@@ -6,6 +6,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mesh import VERSION
@@ -22,6 +23,7 @@ from mesh.control.replies import (
 )
 from mesh.control.revoked import HEADERS
 from mesh.control.snapshot import ENVOY, Spec
+from mesh.urls import PARAMETER
 
 # Names of the edge's filters, which routes refer to.
 CORS = "cors"
@@ -195,7 +197,11 @@ def _json_routes(methods: list[Method], known: Known) -> list[Spec]:
         for rule, method in served:
             # The listener for bytes answers HEAD, which the transcoder cannot.
             verbs = ["GET", "HEAD"] if method.bytes and rule.verb == "GET" else [rule.verb]
-            routes.append(_json_route({**path, "headers": [_verb(*verbs)]}, method, known))
+            match = {**path, "headers": [_verb(*verbs)]}
+            if method.signed_url:  # the service verifies it; where nobody is known the rate is an address's
+                signed = {**match, "query_parameters": [{"name": PARAMETER, "present_match": True}]}
+                routes.append(_json_route(signed, replace(method, access="PUBLIC"), known))
+            routes.append(_json_route(match, method, known))
             allowed += verbs
         routes.append(_not_allowed(path, allowed))
     return routes

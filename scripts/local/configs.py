@@ -18,7 +18,7 @@ from mesh.certificates import CERTIFICATE, KEY, PRESENT, ROOTS
 from scripts.local import authority
 from scripts.local.layout import AUTHORITIES, DATABASES, ROOT, Layout, Process, SettingRefused
 
-SECRETS = ("admin", "broker", "capability.key", "erlang.cookie", "postgresql")
+SECRETS = ("admin", "broker", "capability.key", "erlang.cookie", "postgresql", "url.key")
 LOG_BYTES = 10_000_000  # a program's log is turned over at this size, two old ones are kept
 _TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
 ENOUGH_FILES = 65_536  # open files a process may have; less where the machine's hard limit is less

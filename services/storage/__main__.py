@@ -7,7 +7,8 @@ from atelier.storage.v1.storage_pb2_grpc import add_StorageServiceServicer_to_se
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub
 from atelier.user.v1.user_pb2_grpc import UserServiceStub
 
-from mesh import broker, certificates, channel, contract, database, lock, service
+from mesh import broker, certificates, channel, contract, database, lock, service, urls
+from mesh.clock import SystemClock
 from services.storage.blobs import FolderBlobs
 from services.storage.config import Config
 from services.storage.consumers import TaskEvents
@@ -32,11 +33,12 @@ async def main(config: Config) -> None:
         keeping = Keeping(files, blobs, MeshQuota(UserServiceStub(user)), MeshTasks(TaskServiceStub(task)))
         upkeep = Upkeep(files, blobs, keeping, sweep_seconds=config.sweep_seconds, grace_seconds=config.grace_seconds)
         locks = lock.Locks(config, sql, lock_table)
+        servicer = StorageService(files, keeping, key, config.secret(urls.KEY), SystemClock())
         limit_bytes = contract.installed().methods[UPLOAD].max_request_bytes  # the edge's, too
         await service.serve(
             config,
             leaf,
-            partial(add_StorageServiceServicer_to_server, StorageService(files, keeping, key)),
+            partial(add_StorageServiceServicer_to_server, servicer),
             http=BytesEndpoints(files, blobs, keeping, key, limit_bytes).by_rpc(),
             dependencies=[sql.check],  # not the broker: without it results are confirmed by asking the task service
             background=[*upkeep.work(locks), *TaskEvents(files).work(bus)],

@@ -8,12 +8,15 @@ from typing import Any, NoReturn
 from atelier.storage.v1 import storage_pb2 as pb
 from atelier.storage.v1 import storage_pb2_grpc
 
-from mesh import capability, context, paging
+from mesh import capability, context, paging, urls
+from mesh.clock import Clock
 from mesh.errors import Unimplemented
-from mesh.wire import duration
+from mesh.wire import duration, timestamp
 from services.storage.convert import file_to_proto, origin_from
 from services.storage.domain import Files, Turn
 from services.storage.keeping import MAKING_SECONDS, Keeping
+
+URL_LIFETIME = timedelta(hours=1)  # a page that stays open longer asks again
 
 
 class ServedOverHttp(Unimplemented):
@@ -23,7 +26,9 @@ class ServedOverHttp(Unimplemented):
 class StorageService(storage_pb2_grpc.StorageServiceServicer):
     """Raises MeshError only; the mesh turns it into a status."""
 
-    def __init__(self, files: Files, keeping: Keeping, capability_key: str) -> None:
+    def __init__(self, files: Files, keeping: Keeping, capability_key: str, url_key: str, clock: Clock) -> None:
+        self._url_key = url_key
+        self._clock = clock
         self._files = files
         self._keeping = keeping
         self._capability_key = capability_key
@@ -41,6 +46,18 @@ class StorageService(storage_pb2_grpc.StorageServiceServicer):
 
     async def GetFile(self, request: pb.GetFileRequest, _: object) -> pb.File:
         return file_to_proto(await self._files.get(context.user().user_id, request.file_id))
+
+    async def SignFileUrl(self, request: pb.SignFileUrlRequest, _: object) -> pb.SignedUrl:
+        user_id, wanted = context.user().user_id, request.lifetime_duration
+        file = await self._files.get(user_id, request.file_id)
+        lifetime = wanted.ToTimedelta() if request.HasField("lifetime_duration") else URL_LIFETIME
+        expire_time = self._clock.now() + lifetime
+        target = f"/api/v1/files/{file.file_id}/content"
+        if request.HasField("render"):
+            target = f"/api/v1/files/{file.file_id}/render" + (f"?{request.render}" if request.render else "")
+        return pb.SignedUrl(
+            url=urls.signed(self._url_key, user_id, target, expire_time), expire_time=timestamp(expire_time)
+        )
 
     async def DeleteFile(self, request: pb.DeleteFileRequest, _: object) -> pb.DeleteFileResponse:
         await self._keeping.delete(context.user().user_id, request.file_id)

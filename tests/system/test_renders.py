@@ -6,6 +6,7 @@ import asyncio
 import io
 from collections import Counter
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -29,6 +30,11 @@ async def test_an_image_is_seen_at_another_size_by_its_owner_while_it_is_there(p
     nobody = await person.http.get(path, params={"width": 320}, headers={"authorization": ""})
     none = await another.http.get("files/fil_none/render")
     wrong = await person.http.get(path, params={"wide": 320})
+    sign_path = f"{person.http.base_url}{path.removesuffix('/render')}:sign"  # relative, it would be a scheme's
+    sign = await person.http.post(sign_path, json={"render": "width=64"})
+    signed = sign.json()["url"].removeprefix("/api/v1/")
+    async with httpx.AsyncClient(base_url=person.http.base_url, timeout=60) as anybody:
+        shown, forged = await anybody.get(signed), await anybody.get(signed.replace("width=64", "width=65"))
     deleted = await person.http.delete(path.removesuffix("/render"))
     gone = await person.http.get(path, params={"width": 320, "format": "webp"})
 
@@ -37,6 +43,8 @@ async def test_an_image_is_seen_at_another_size_by_its_owner_while_it_is_there(p
     assert cold.headers["cache-control"] == "private, no-cache"
     assert (known.status_code, known.content) == (304, b"")
     assert (head.status_code, head.headers["content-type"], head.headers["vary"]) == (200, "image/avif", "accept")
+    assert Image.open(io.BytesIO(shown.content)).size == (64, 43)
+    assert (forged.status_code, forged.json()["details"][0]["reason"]) == (403, "URL_INVALID")
     assert anothers.status_code == none.status_code == gone.status_code == 404
     assert (nobody.status_code, wrong.status_code, deleted.status_code) == (401, 400, 200)
     assert anothers.json()["details"][0]["reason"] == gone.json()["details"][0]["reason"] == "FILE_NOT_FOUND"

@@ -127,6 +127,7 @@ def test_a_policy_is_read_whole() -> None:
         max_request_bytes=10,
         audited=True,
         bytes=True,
+        signed_url=True,
     )
 
     method = Contract.from_image(image(policy, ("post", "/api/v1/things"), server_streaming=True)).methods[
@@ -144,6 +145,7 @@ def test_a_policy_is_read_whole() -> None:
         max_request_bytes=10,
         audited=True,
         bytes=True,
+        signed_url=True,
         idempotent=False,
         client_streaming=False,
         server_streaming=True,
@@ -165,6 +167,7 @@ def test_a_policy_is_read_whole() -> None:
         (changed(access=policy_pb2.Policy.ACCESS_PUBLIC, rate_class=None), "needs a rate class"),
         (changed(access=policy_pb2.Policy.ACCESS_ADMIN, rate_class=None), "needs a rate class"),
         (changed(bytes=True), "needs a google.api.http rule"),
+        (changed(access=policy_pb2.Policy.ACCESS_PUBLIC, signed_url=True), "is not for users"),
     ],
 )
 def test_a_policy_that_lacks_something_is_refused(policy, words) -> None:

@@ -346,6 +346,14 @@ async def test_an_image_is_fetched_at_another_size_in_the_format_of_its_name(per
     assert (wrong, "4096" in str(said)) == (2, True)
 
 
+async def test_a_url_that_needs_no_token_is_printed(person: Person) -> None:
+    await person.registers()
+
+    code, said, _ = await person.types("files", "url", "fil_1", "--render", "width=64", "--seconds", "60")
+
+    assert (code, "/fil_1/width=64/60" in said.decode()) == (0, True)
+
+
 async def test_the_first_administrator_comes_by_the_secret_and_has_the_role_at_once(
     person: Person, installation: Installation
 ) -> None:

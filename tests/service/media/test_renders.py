@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from atelier.storage.v1 import storage_pb2
 from atelier.storage.v1.storage_pb2_grpc import StorageServiceStub
 from PIL import Image
 
+from mesh import urls
 from mesh.channel import MeshChannel
 from mesh.errors import Unavailable
 from services.media import peers, processes
@@ -403,6 +405,29 @@ async def test_another_s_file_is_the_same_404_as_none_though_the_same_picture_is
     assert reason(anothers) == reason(none) == (404, "FILE_NOT_FOUND")
     assert anothers.json()["message"].replace(own, "") == none.json()["message"].replace("fil_none", "")
     assert reason(await gallery.get(own, user=None, width="64"))[0] == 401
+
+
+async def test_a_signed_url_shows_what_it_is_of_to_whoever_has_it_until_it_expires(start: Start):
+    gallery = await start()
+    file_id = await gallery.put()
+    sign = storage_pb2.SignFileUrlRequest(file_id=file_id, render="width=64&format=webp")
+    url = (await gallery.files.stub().SignFileUrl(sign)).url
+    old = urls.signed(mesh_server.URL_KEY, "usr_ann", url.partition("&signature=")[0], datetime(2026, 1, 1, tzinfo=UTC))
+
+    async def asked(url: str) -> httpx.Response:
+        tls = leaf("edge").tls_client("media")
+        async with httpx.AsyncClient(base_url=gallery.server.http_url, verify=tls, timeout=60) as http:
+            return await http.get(url)
+
+    shown = await asked(url)
+    changed = await asked(url.replace("width=64", "width=65"))
+    expired = await asked(old)
+    await gallery.files.stub().DeleteFile(storage_pb2.DeleteFileRequest(file_id=file_id))
+    gone = await asked(url)
+
+    assert (picture(shown), gallery.jobs) == (("WEBP", (64, 43)), 1)
+    assert (reason(changed), reason(expired)) == ((403, "URL_INVALID"), (403, "URL_EXPIRED"))
+    assert reason(gone) == (404, "FILE_NOT_FOUND")
 
 
 async def test_equal_files_of_two_people_are_made_once_and_each_asks_for_their_own(start: Start):

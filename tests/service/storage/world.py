@@ -17,6 +17,7 @@ from sqlalchemy import text
 
 from mesh import capability, database, lock
 from mesh.capability import Capability
+from mesh.clock import SystemClock
 from mesh.errors import NotFound, ResourceExhausted, Unavailable
 from services.storage.blobs import FolderBlobs
 from services.storage.domain import SWEEP
@@ -198,7 +199,7 @@ async def opened(tmp_path: Path, url: str) -> AsyncIterator[World]:
         world = World(tmp_path / "blobs", url, await stack.enter_async_context(database.opened(url)), peers)
         world.users, world.tasks = users, tasks
         endpoints = BytesEndpoints(world.files, world.blobs, world.keeping, KEY, LIMIT_BYTES)
-        servicer = StorageService(world.files, world.keeping, KEY)
+        servicer = StorageService(world.files, world.keeping, KEY, mesh_server.URL_KEY, SystemClock())
         world.server = await stack.enter_async_context(
             mesh_server.serving(partial(add_StorageServiceServicer_to_server, servicer), http=endpoints.by_rpc())
         )

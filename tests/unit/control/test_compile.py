@@ -18,7 +18,7 @@ from mesh.control.edge import Rate, Settings
 from mesh.control.faults import Fault
 from mesh.control.known import Known
 from mesh.control.revoked import BLOCK, FILTERS, revoked_filters
-from mesh.control.routes import path_pattern, route_configuration
+from mesh.control.routes import ADDRESS_CLASS, JWT, RATES, path_pattern, route_configuration
 from mesh.control.snapshot import (
     CLUSTER,
     ENDPOINTS,
@@ -35,7 +35,7 @@ from mesh.http import KEEP_ALIVE_SECONDS
 GET = Method(
     full_name="/atelier.task.v1.TaskService/GetTask", service="atelier.task.v1.TaskService", owner="task",
     access="USER", callers=frozenset(), deadline_seconds=5.0, rate_class="READ", max_request_bytes=1000,
-    audited=False, bytes=False,
+    audited=False, bytes=False, signed_url=False,
     idempotent=True, client_streaming=False, server_streaming=False,
     http=HttpRule("GET", "/api/v1/tasks/{task_id}", ""), request_type="", response_type="",
 )  # fmt: skip
@@ -395,3 +395,14 @@ def test_a_fault_is_told_to_clients_and_to_the_edge_by_routes_alone() -> None:
 def test_a_fault_that_makes_no_sense_is_refused(said: dict) -> None:
     with pytest.raises(ValidationError):
         Fault.model_validate(said)
+
+
+def test_a_signed_url_finds_a_route_without_a_token_before_the_one_with_it() -> None:
+    method = replace(GET, bytes=True, signed_url=True)
+
+    signed, usual = [each for each in routed(method) if "safe_regex" in each["match"]]
+
+    assert signed["match"]["query_parameters"] == [{"name": "signature", "present_match": True}]
+    assert (JWT in signed["typed_per_filter_config"], JWT in usual["typed_per_filter_config"]) == (False, True)
+    assert "query_parameters" not in usual["match"]
+    assert ADDRESS_CLASS in signed["metadata"]["filter_metadata"][RATES]

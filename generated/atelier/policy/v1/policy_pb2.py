@@ -26,7 +26,7 @@ from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61telier/policy/v1/policy.proto\x12\x11\x61telier.policy.v1\x1a google/protobuf/descriptor.proto\x1a\x1egoogle/protobuf/duration.proto\"\xc7\x04\n\x06Policy\x12\x38\n\x06\x61\x63\x63\x65ss\x18\x01 \x01(\x0e\x32 .atelier.policy.v1.Policy.AccessR\x06\x61\x63\x63\x65ss\x12\x18\n\x07\x63\x61llers\x18\x02 \x03(\tR\x07\x63\x61llers\x12\x35\n\x08\x64\x65\x61\x64line\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08\x64\x65\x61\x64line\x12\x42\n\nrate_class\x18\x04 \x01(\x0e\x32#.atelier.policy.v1.Policy.RateClassR\trateClass\x12*\n\x11max_request_bytes\x18\x05 \x01(\x03R\x0fmaxRequestBytes\x12\x18\n\x07\x61udited\x18\x06 \x01(\x08R\x07\x61udited\x12\x14\n\x05\x62ytes\x18\x07 \x01(\x08R\x05\x62ytes\x12#\n\revery_service\x18\x08 \x01(\x08R\x0c\x65veryService\"j\n\x06\x41\x63\x63\x65ss\x12\x16\n\x12\x41\x43\x43\x45SS_UNSPECIFIED\x10\x00\x12\x11\n\rACCESS_PUBLIC\x10\x01\x12\x0f\n\x0b\x41\x43\x43\x45SS_USER\x10\x02\x12\x10\n\x0c\x41\x43\x43\x45SS_ADMIN\x10\x03\x12\x12\n\x0e\x41\x43\x43\x45SS_SERVICE\x10\x04\"\x80\x01\n\tRateClass\x12\x1a\n\x16RATE_CLASS_UNSPECIFIED\x10\x00\x12\x13\n\x0fRATE_CLASS_READ\x10\x01\x12\x14\n\x10RATE_CLASS_WRITE\x10\x02\x12\x16\n\x12RATE_CLASS_SIGN_IN\x10\x03\x12\x14\n\x10RATE_CLASS_BYTES\x10\x04\"\xf6\x01\n\x06\x42ounds\x12\x1a\n\x08required\x18\x01 \x01(\x08R\x08required\x12\x15\n\x03min\x18\x02 \x01(\x01H\x00R\x03min\x88\x01\x01\x12\x15\n\x03max\x18\x03 \x01(\x01H\x01R\x03max\x88\x01\x01\x12\"\n\nmax_length\x18\x04 \x01(\rH\x02R\tmaxLength\x88\x01\x01\x12\"\n\nmin_length\x18\x05 \x01(\rH\x03R\tminLength\x88\x01\x01\x12\x18\n\x07pattern\x18\x06 \x01(\tR\x07pattern\x12\x12\n\x04\x66ile\x18\x07 \x01(\x08R\x04\x66ileB\x06\n\x04_minB\x06\n\x04_maxB\r\n\x0b_max_lengthB\r\n\x0b_min_length\"\x9a\x01\n\x05Rules\x12\x35\n\x06\x61ny_of\x18\x01 \x03(\x0b\x32\x1e.atelier.policy.v1.Rules.GroupR\x05\x61nyOf\x12%\n\x0eoneof_required\x18\x02 \x01(\x08R\roneofRequired\x1a\x33\n\x05Group\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n\x06\x66ields\x18\x02 \x03(\tR\x06\x66ields:S\n\x06policy\x12\x1e.google.protobuf.MethodOptions\x18\xd1\x86\x03 \x01(\x0b\x32\x19.atelier.policy.v1.PolicyR\x06policy:R\n\x06\x62ounds\x12\x1d.google.protobuf.FieldOptions\x18\xd2\x86\x03 \x01(\x0b\x32\x19.atelier.policy.v1.BoundsR\x06\x62ounds:3\n\x04pool\x12\x1d.google.protobuf.FieldOptions\x18\xd4\x86\x03 \x01(\tR\x04pool:Q\n\x05rules\x12\x1f.google.protobuf.MessageOptions\x18\xd3\x86\x03 \x01(\x0b\x32\x18.atelier.policy.v1.RulesR\x05rulesb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61telier/policy/v1/policy.proto\x12\x11\x61telier.policy.v1\x1a google/protobuf/descriptor.proto\x1a\x1egoogle/protobuf/duration.proto\"\xe6\x04\n\x06Policy\x12\x38\n\x06\x61\x63\x63\x65ss\x18\x01 \x01(\x0e\x32 .atelier.policy.v1.Policy.AccessR\x06\x61\x63\x63\x65ss\x12\x18\n\x07\x63\x61llers\x18\x02 \x03(\tR\x07\x63\x61llers\x12\x35\n\x08\x64\x65\x61\x64line\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08\x64\x65\x61\x64line\x12\x42\n\nrate_class\x18\x04 \x01(\x0e\x32#.atelier.policy.v1.Policy.RateClassR\trateClass\x12*\n\x11max_request_bytes\x18\x05 \x01(\x03R\x0fmaxRequestBytes\x12\x18\n\x07\x61udited\x18\x06 \x01(\x08R\x07\x61udited\x12\x14\n\x05\x62ytes\x18\x07 \x01(\x08R\x05\x62ytes\x12#\n\revery_service\x18\x08 \x01(\x08R\x0c\x65veryService\x12\x1d\n\nsigned_url\x18\t \x01(\x08R\tsignedUrl\"j\n\x06\x41\x63\x63\x65ss\x12\x16\n\x12\x41\x43\x43\x45SS_UNSPECIFIED\x10\x00\x12\x11\n\rACCESS_PUBLIC\x10\x01\x12\x0f\n\x0b\x41\x43\x43\x45SS_USER\x10\x02\x12\x10\n\x0c\x41\x43\x43\x45SS_ADMIN\x10\x03\x12\x12\n\x0e\x41\x43\x43\x45SS_SERVICE\x10\x04\"\x80\x01\n\tRateClass\x12\x1a\n\x16RATE_CLASS_UNSPECIFIED\x10\x00\x12\x13\n\x0fRATE_CLASS_READ\x10\x01\x12\x14\n\x10RATE_CLASS_WRITE\x10\x02\x12\x16\n\x12RATE_CLASS_SIGN_IN\x10\x03\x12\x14\n\x10RATE_CLASS_BYTES\x10\x04\"\xf6\x01\n\x06\x42ounds\x12\x1a\n\x08required\x18\x01 \x01(\x08R\x08required\x12\x15\n\x03min\x18\x02 \x01(\x01H\x00R\x03min\x88\x01\x01\x12\x15\n\x03max\x18\x03 \x01(\x01H\x01R\x03max\x88\x01\x01\x12\"\n\nmax_length\x18\x04 \x01(\rH\x02R\tmaxLength\x88\x01\x01\x12\"\n\nmin_length\x18\x05 \x01(\rH\x03R\tminLength\x88\x01\x01\x12\x18\n\x07pattern\x18\x06 \x01(\tR\x07pattern\x12\x12\n\x04\x66ile\x18\x07 \x01(\x08R\x04\x66ileB\x06\n\x04_minB\x06\n\x04_maxB\r\n\x0b_max_lengthB\r\n\x0b_min_length\"\x9a\x01\n\x05Rules\x12\x35\n\x06\x61ny_of\x18\x01 \x03(\x0b\x32\x1e.atelier.policy.v1.Rules.GroupR\x05\x61nyOf\x12%\n\x0eoneof_required\x18\x02 \x01(\x08R\roneofRequired\x1a\x33\n\x05Group\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n\x06\x66ields\x18\x02 \x03(\tR\x06\x66ields:S\n\x06policy\x12\x1e.google.protobuf.MethodOptions\x18\xd1\x86\x03 \x01(\x0b\x32\x19.atelier.policy.v1.PolicyR\x06policy:R\n\x06\x62ounds\x12\x1d.google.protobuf.FieldOptions\x18\xd2\x86\x03 \x01(\x0b\x32\x19.atelier.policy.v1.BoundsR\x06\x62ounds:3\n\x04pool\x12\x1d.google.protobuf.FieldOptions\x18\xd4\x86\x03 \x01(\tR\x04pool:Q\n\x05rules\x12\x1f.google.protobuf.MessageOptions\x18\xd3\x86\x03 \x01(\x0b\x32\x18.atelier.policy.v1.RulesR\x05rulesb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,15 +34,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'atelier.policy.v1.policy_pb
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_POLICY']._serialized_start=120
-  _globals['_POLICY']._serialized_end=703
-  _globals['_POLICY_ACCESS']._serialized_start=466
-  _globals['_POLICY_ACCESS']._serialized_end=572
-  _globals['_POLICY_RATECLASS']._serialized_start=575
-  _globals['_POLICY_RATECLASS']._serialized_end=703
-  _globals['_BOUNDS']._serialized_start=706
-  _globals['_BOUNDS']._serialized_end=952
-  _globals['_RULES']._serialized_start=955
-  _globals['_RULES']._serialized_end=1109
-  _globals['_RULES_GROUP']._serialized_start=1058
-  _globals['_RULES_GROUP']._serialized_end=1109
+  _globals['_POLICY']._serialized_end=734
+  _globals['_POLICY_ACCESS']._serialized_start=497
+  _globals['_POLICY_ACCESS']._serialized_end=603
+  _globals['_POLICY_RATECLASS']._serialized_start=606
+  _globals['_POLICY_RATECLASS']._serialized_end=734
+  _globals['_BOUNDS']._serialized_start=737
+  _globals['_BOUNDS']._serialized_end=983
+  _globals['_RULES']._serialized_start=986
+  _globals['_RULES']._serialized_end=1140
+  _globals['_RULES_GROUP']._serialized_start=1089
+  _globals['_RULES_GROUP']._serialized_end=1140
 # @@protoc_insertion_point(module_scope)

@@ -101,6 +101,7 @@ class Policy(_message.Message):
     AUDITED_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     EVERY_SERVICE_FIELD_NUMBER: _builtins.int
+    SIGNED_URL_FIELD_NUMBER: _builtins.int
     access: Global___Policy.Access.ValueType
     """Who may call. Through the edge: anyone, a signed-in user, an administrator."""
     rate_class: Global___Policy.RateClass.ValueType
@@ -113,6 +114,8 @@ class Policy(_message.Message):
     """Served by the service's HTTP listener (`<service>-http`), never transcoded."""
     every_service: _builtins.bool
     """Every other service that has rpcs of its own is among `callers`."""
+    signed_url: _builtins.bool
+    """A signed URL may stand in for a token; with `bytes` and ACCESS_USER only."""
     @_builtins.property
     def callers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Services, by their Consul names, which may call it inside the mesh. The edge
@@ -134,10 +137,11 @@ class Policy(_message.Message):
         audited: _builtins.bool = ...,
         bytes: _builtins.bool = ...,
         every_service: _builtins.bool = ...,
+        signed_url: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "audited", b"audited", "bytes", b"bytes", "callers", b"callers", "deadline", b"deadline", "every_service", b"every_service", "max_request_bytes", b"max_request_bytes", "rate_class", b"rate_class"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "audited", b"audited", "bytes", b"bytes", "callers", b"callers", "deadline", b"deadline", "every_service", b"every_service", "max_request_bytes", b"max_request_bytes", "rate_class", b"rate_class", "signed_url", b"signed_url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

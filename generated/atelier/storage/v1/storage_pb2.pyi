@@ -250,6 +250,68 @@ class GetFileContentRequest(_message.Message):
 Global___GetFileContentRequest: _TypeAlias = GetFileContentRequest  # noqa: Y015
 
 @_typing.final
+class SignFileUrlRequest(_message.Message):
+    """What to sign."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_ID_FIELD_NUMBER: _builtins.int
+    RENDER_FIELD_NUMBER: _builtins.int
+    LIFETIME_DURATION_FIELD_NUMBER: _builtins.int
+    file_id: _builtins.str
+    """`fil_…`."""
+    render: _builtins.str
+    """The query of a render, e.g. `width=320&format=webp`; not set for the content itself."""
+    @_builtins.property
+    def lifetime_duration(self) -> _duration_pb2.Duration:
+        """How long it is good for; default 1 h."""
+
+    def __init__(
+        self,
+        *,
+        file_id: _builtins.str = ...,
+        render: _builtins.str | None = ...,
+        lifetime_duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_render", b"_render", "lifetime_duration", b"lifetime_duration", "render", b"render"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_render", b"_render", "file_id", b"file_id", "lifetime_duration", b"lifetime_duration", "render", b"render"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__render: _TypeAlias = _typing.Literal["render"]  # noqa: Y015
+    _WhichOneofArgType__render: _TypeAlias = _typing.Literal["_render", b"_render"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__render) -> _WhichOneofReturnType__render | None: ...
+
+Global___SignFileUrlRequest: _TypeAlias = SignFileUrlRequest  # noqa: Y015
+
+@_typing.final
+class SignedUrl(_message.Message):
+    """A URL that needs no token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """Path and query, below the installation's own address."""
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Until when it is good."""
+
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignedUrl: _TypeAlias = SignedUrl  # noqa: Y015
+
+@_typing.final
 class DeleteFileRequest(_message.Message):
     """Which file."""
 

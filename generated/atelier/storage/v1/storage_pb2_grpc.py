@@ -57,6 +57,11 @@ class StorageServiceStub:
                 request_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.GetFileContentRequest.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
+        self.SignFileUrl = channel.unary_unary(
+                '/atelier.storage.v1.StorageService/SignFileUrl',
+                request_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.SignFileUrlRequest.SerializeToString,
+                response_deserializer=atelier_dot_storage_dot_v1_dot_storage__pb2.SignedUrl.FromString,
+                _registered_method=True)
         self.DeleteFile = channel.unary_unary(
                 '/atelier.storage.v1.StorageService/DeleteFile',
                 request_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.DeleteFileRequest.SerializeToString,
@@ -130,6 +135,15 @@ class StorageServiceServicer:
     def GetFileContent(self, request, context):
         """The bytes, with type, length, `ETag` and ranges (RFC 9110). Fails with FILE_NOT_FOUND
         or RANGE_NOT_SATISFIABLE (HTTP 416).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SignFileUrl(self, request, context):
+        """Makes a URL of a file's content, or of a render, that needs no token: for an `<img>`, a download link, or somebody
+        else. Whoever has it may read what it is of until it expires or the file is deleted; it outlives the session.
+        Fails with FILE_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -219,6 +233,11 @@ def add_StorageServiceServicer_to_server(servicer, server):
                     servicer.GetFileContent,
                     request_deserializer=atelier_dot_storage_dot_v1_dot_storage__pb2.GetFileContentRequest.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+            ),
+            'SignFileUrl': grpc.unary_unary_rpc_method_handler(
+                    servicer.SignFileUrl,
+                    request_deserializer=atelier_dot_storage_dot_v1_dot_storage__pb2.SignFileUrlRequest.FromString,
+                    response_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.SignedUrl.SerializeToString,
             ),
             'DeleteFile': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteFile,
@@ -371,6 +390,33 @@ class StorageService:
             '/atelier.storage.v1.StorageService/GetFileContent',
             atelier_dot_storage_dot_v1_dot_storage__pb2.GetFileContentRequest.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SignFileUrl(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.storage.v1.StorageService/SignFileUrl',
+            atelier_dot_storage_dot_v1_dot_storage__pb2.SignFileUrlRequest.SerializeToString,
+            atelier_dot_storage_dot_v1_dot_storage__pb2.SignedUrl.FromString,
             options,
             channel_credentials,
             insecure,

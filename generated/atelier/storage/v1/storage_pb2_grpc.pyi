@@ -49,6 +49,11 @@ class StorageServiceStub:
     """The bytes, with type, length, `ETag` and ranges (RFC 9110). Fails with FILE_NOT_FOUND
     or RANGE_NOT_SATISFIABLE (HTTP 416).
     """
+    SignFileUrl: _grpc.UnaryUnaryMultiCallable[_storage_pb2.SignFileUrlRequest, _storage_pb2.SignedUrl]
+    """Makes a URL of a file's content, or of a render, that needs no token: for an `<img>`, a download link, or somebody
+    else. Whoever has it may read what it is of until it expires or the file is deleted; it outlives the session.
+    Fails with FILE_NOT_FOUND.
+    """
     DeleteFile: _grpc.UnaryUnaryMultiCallable[_storage_pb2.DeleteFileRequest, _storage_pb2.DeleteFileResponse]
     """Deletes a file and gives its quota back. Deleting a missing one is FILE_NOT_FOUND."""
     GetUsage: _grpc.UnaryUnaryMultiCallable[_storage_pb2.GetUsageRequest, _storage_pb2.Usage]
@@ -96,6 +101,11 @@ class StorageServiceAsyncStub(StorageServiceStub):
     GetFileContent: _aio.UnaryUnaryMultiCallable[_storage_pb2.GetFileContentRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
     """The bytes, with type, length, `ETag` and ranges (RFC 9110). Fails with FILE_NOT_FOUND
     or RANGE_NOT_SATISFIABLE (HTTP 416).
+    """
+    SignFileUrl: _aio.UnaryUnaryMultiCallable[_storage_pb2.SignFileUrlRequest, _storage_pb2.SignedUrl]  # type: ignore[assignment]
+    """Makes a URL of a file's content, or of a render, that needs no token: for an `<img>`, a download link, or somebody
+    else. Whoever has it may read what it is of until it expires or the file is deleted; it outlives the session.
+    Fails with FILE_NOT_FOUND.
     """
     DeleteFile: _aio.UnaryUnaryMultiCallable[_storage_pb2.DeleteFileRequest, _storage_pb2.DeleteFileResponse]  # type: ignore[assignment]
     """Deletes a file and gives its quota back. Deleting a missing one is FILE_NOT_FOUND."""
@@ -165,6 +175,17 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_httpbody_pb2.HttpBody, _abc.Awaitable[_httpbody_pb2.HttpBody]]:
         """The bytes, with type, length, `ETag` and ranges (RFC 9110). Fails with FILE_NOT_FOUND
         or RANGE_NOT_SATISFIABLE (HTTP 416).
+        """
+
+    @_abc_1.abstractmethod
+    def SignFileUrl(
+        self,
+        request: _storage_pb2.SignFileUrlRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_storage_pb2.SignedUrl, _abc.Awaitable[_storage_pb2.SignedUrl]]:
+        """Makes a URL of a file's content, or of a render, that needs no token: for an `<img>`, a download link, or somebody
+        else. Whoever has it may read what it is of until it expires or the file is deleted; it outlives the session.
+        Fails with FILE_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
