@@ -19,7 +19,7 @@ from mesh.errors import MeshError
 from services.media import domain
 from services.media.config import WorkerConfig
 from services.media.domain import Fit, Format, Interest
-from services.media.worker.processes import Slot
+from services.media.processes import Slot
 from tests.hostile import seeds
 
 FINDINGS = Path(__file__).resolve().parent.parent / "var" / "fuzz"

@@ -23,8 +23,8 @@ import psutil
 import pyvips
 
 from scripts.local.layout import WEIGHTS
-from services.media import domain
-from services.media.worker import processes, weights
+from services.media import domain, processes
+from services.media.worker import weights
 from services.media.worker.confined import NICE
 from services.media.worker.models import RemoteModels
 from tests.bench import peers

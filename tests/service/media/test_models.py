@@ -15,7 +15,8 @@ from atelier.media.v1 import media_pb2
 from PIL import Image
 
 from scripts.local.layout import WEIGHTS
-from services.media.worker import processes, weights
+from services.media import processes
+from services.media.worker import weights
 from services.media.worker.inference import Inference, ItemsMalformed
 from services.media.worker.models import RemoteModels
 from tests.eventually import eventually

@@ -13,10 +13,9 @@ import pytest
 from PIL import Image
 
 from mesh.errors import MeshError
-from services.media import domain
+from services.media import domain, processes
 from services.media.domain import Format, Interest, Written
-from services.media.worker import processes
-from services.media.worker.processes import Slot
+from services.media.processes import Slot
 from tests.hostile import SECRET, corpus
 from tests.models import folder_with, grey, learned_upscale, worker_config
 from tests.unit.media.conftest import EXAMPLES
