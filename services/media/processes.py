@@ -52,10 +52,10 @@ class Slot:
     def __init__(
         self,
         folder: Path,
-        inference: Inference | None,
+        inference: Inference | None = None,
         *,
         memory_bytes: int,
-        weights_dir: Path | None,
+        weights_dir: Path | None = None,
         seconds: Callable[[], int],
     ) -> None:
         self._root = folder

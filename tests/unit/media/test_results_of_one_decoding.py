@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 from PIL import Image, ImageChops
 
@@ -83,8 +85,8 @@ def test_a_pipeline_does_its_steps_in_order_and_encodes_once(run, rocket, tmp_pa
     assert difference(result, Image.open(path)) == 0
 
 
-def _fields(operation: object) -> dict[str, object]:
-    return {name: getattr(operation, name) for name in operation.__dataclass_fields__}
+def _fields(operation: Resize | SmartCrop | Watermark) -> dict[str, object]:
+    return {field.name: getattr(operation, field.name) for field in fields(operation)}
 
 
 def test_a_pipeline_decodes_once(run, rocket):
