@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import pyvips
 from PIL import Image
 
 from services.media.domain import (
@@ -25,6 +26,7 @@ from services.media.domain import (
     Watermark,
 )
 from services.media.domain import Image as Mark
+from services.media.operations.image import Source
 from tests.unit.media.conftest import near, opened_and_closed
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
@@ -97,6 +99,15 @@ def test_where_the_format_holds_no_frames_the_first_is_used(run, animation, form
 
     assert getattr(result, "n_frames", 1) == 1
     assert near(result.convert("RGB").getpixel((2, 20)), COLOURS[0], within=20)
+
+
+def test_an_operation_that_makes_new_images_keeps_times_and_loop(animation):
+    frames = Source(animation).frames(animated=True).each(lambda picture: pyvips.Image.black(picture.width, 9, bands=3))
+
+    roll = frames.pixels(Format.GIF)
+
+    assert (roll.width, roll.height, roll.get("page-height")) == (120, 36, 9)
+    assert (roll.get("delay"), roll.get("loop")) == (DELAYS, frames.loop)
 
 
 def test_a_crop_is_the_same_in_every_frame(run, tmp_path):

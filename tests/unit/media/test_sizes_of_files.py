@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import pyvips
 from PIL import Image
@@ -71,7 +73,10 @@ def test_an_optimised_file_is_as_alike_as_was_asked_and_hardly_more(run, coffee,
     assert bound <= reached < (1.001 if format_ is Format.PNG else bound + (1 - bound) * 0.7)
 
 
-def test_the_smallest_format_is_chosen(run, coffee):
+def test_the_smallest_format_is_chosen(run, coffee, tmp_path):
+    photograph = Image.open(coffee)
+    coffee = tmp_path / "small.png"
+    photograph.resize((300, 200)).save(coffee)
     result, written = run(Optimise(), coffee)
     others = {}
     for format_ in (Format.JPEG, Format.WEBP, Format.AVIF, Format.PNG):
@@ -100,6 +105,18 @@ def test_a_large_image_is_as_alike_as_was_asked_though_a_sample_chose(run, coffe
     _, written = run(Optimise(min_ssim=0.97, format=Format.WEBP), large)
 
     assert 0.97 <= ssim(seen(large), seen(written.path)) < 0.985
+
+
+def test_a_sample_that_misleads_is_found_out(run, tmp_path):
+    """What is between the tiles of the sample is far harder to encode."""
+    noise = Image.effect_noise((1640, 1640), 90)
+    for left, top in itertools.product(range(0, 1640, 410), repeat=2):
+        noise.paste(128, (left, top, left + 256, top + 256))
+    noise.convert("RGB").save(tmp_path / "large.png")
+
+    _, written = run(Optimise(min_ssim=0.98, format=Format.JPEG), tmp_path / "large.png")
+
+    assert ssim(seen(tmp_path / "large.png"), seen(written.path)) >= 0.98
 
 
 def test_transparency_is_compared_and_kept(run, tmp_path):
@@ -151,6 +168,8 @@ def test_similarity_is_one_of_the_same_less_of_worse_and_that_of_the_definition(
 
     assert ssim(image, image) == 1
     assert ssim(image, blurred) < ssim(image, darker) < 1
+    white, faint, fainter = (image * 0 + 255).cast("uchar"), image[0] * 0 + 200, image[0] * 0 + 50
+    assert ssim(white.bandjoin(faint.cast("uchar")), white.bandjoin(fainter.cast("uchar"))) < 0.6  # seen on black only
     # Flat images: only the means count, (2ab + c1) / (a² + b² + c1) with c1 = (0.01 × 255)².
     flat, other = (image * 0 + value for value in (100, 150))
     assert ssim(flat, other) == pytest.approx((2 * 100 * 150 + 6.5025) / (100**2 + 150**2 + 6.5025), abs=1e-4)
