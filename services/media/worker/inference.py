@@ -163,6 +163,8 @@ class Inference:
             header, body = packed({}, computing.result())
         except MeshError as refusal:
             header, body = packed({"refused": [refusal.code_number, refusal.reason, refusal.message]})
+            if refusal.__cause__ is not None:
+                log.warning("models: %s", refusal.message, exc_info=refusal.__cause__)
             if isinstance(refusal, OutOfMemory):  # what its libraries make of that is known of none of them
                 self._enough.set()
         except (OSError, EOFError):
