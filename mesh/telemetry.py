@@ -69,7 +69,7 @@ def configure(service: str, instance: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(service, instance))
     logging.basicConfig(level=os.environ.get("ATELIER_LOG_LEVEL", "INFO"), handlers=[handler], force=True)
-    for chatty in ("aiormq", "aio_pika", "httpx", "httpcore", "alembic"):  # they log each retry, with addresses
+    for chatty in ("aiormq", "aio_pika", "alembic"):  # they log each retry, with addresses
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
         provider = TracerProvider(

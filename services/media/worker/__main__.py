@@ -1,8 +1,8 @@
 """Runs a media worker: `python -m services.media.worker`. Wiring only."""
 
-import asyncio
 from functools import partial
 
+import uvloop
 from atelier.storage.v1.storage_pb2_grpc import StorageServiceStub
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub
 
@@ -45,4 +45,4 @@ async def main(config: WorkerConfig) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(WorkerConfig()))
+    uvloop.run(main(WorkerConfig()))
