@@ -44,13 +44,13 @@ async def test_readiness_names_what_is_missing(at_edge: Edge) -> None:
     answer = await at_edge.client.get("/readyz")
 
     body = await at_edge.refused(answer, 503, "NOT_READY")
-    assert body["details"][0]["metadata"] == {"missing": "auth,media,storage"}
+    assert body["details"][0]["metadata"] == {"missing": "auth,media,media-http,storage"}
     assert answer.headers["retry-after"] == "1"
 
 
 async def test_readiness_follows_the_registry(at_edge: Edge) -> None:
     everywhere = at_edge.known.catalog["task"]
-    names = ("auth", "media", "storage", "storage-http", "task", "user")
+    names = ("auth", "media", "media-http", "storage", "storage-http", "task", "user")
 
     await at_edge.publish(Known(dict.fromkeys(names, everywhere), at_edge.keys.jwks))
 
