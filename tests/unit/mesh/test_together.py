@@ -87,6 +87,31 @@ async def test_who_leaves_before_his_turn_is_not_done_and_later_disturbs_nobody(
     assert (begun.cancelled(), waiting.cancelled()) == (True, True)
 
 
+async def test_what_everybody_has_left_is_broken_off_and_what_somebody_waits_for_is_not(work: Work) -> None:
+    ended = asyncio.Event()
+
+    async def noted(items: Sequence[int]) -> list[int | Exception]:
+        try:
+            return await work(items)
+        finally:
+            ended.set()
+
+    together = Together(noted, at_most=4)
+    leaving, staying = asyncio.create_task(together(2)), asyncio.create_task(together(4))
+    await eventually(lambda: work.goes == [[2, 4]])
+
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    await asyncio.sleep(0.05)
+    kept = not ended.is_set()
+    staying.cancel()
+
+    await asyncio.wait_for(ended.wait(), 5)
+    work.go_on.set()
+    assert kept
+    assert await together(6) == 12
+
+
 async def test_what_is_done_together_is_of_no_request(work: Work) -> None:
     work.go_on.set()
     request.set("the first one's")
