@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,11 +163,16 @@ def _message(kind: Descriptor, text: str) -> Message:
         click.UsageError: it is none.
     """
     message: Message = GetMessageClass(kind)()
+    example = f"""{{"{kind.fields[0].json_name}": …}}"""
     try:
-        return json_format.Parse(text, message)
-    except json_format.ParseError as fault:
-        example = f"""{{"{kind.fields[0].json_name}": …}}"""
+        given = json.loads(text)
+        if isinstance(given, dict):
+            return json_format.ParseDict(given, message)
+    except (ValueError, json_format.ParseError) as fault:
         raise click.UsageError(f"{text} is no {kind.name} in JSON, e.g. {example}: {fault}") from fault
+    raise click.UsageError(
+        f"{text} is no {kind.name} in JSON, one object, e.g. {example}; for several give the option again."
+    )
 
 
 def _number(field: FieldDescriptor, value: Any) -> Any:
