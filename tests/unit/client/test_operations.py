@@ -98,7 +98,7 @@ def test_several_messages_are_given_as_json() -> None:
     assert found == Operation(thumbnails=Thumbnails(sizes=[Resize(width=8), Resize(height=9, format=FORMAT_WEBP)]))
 
 
-@pytest.mark.parametrize("text", ["8", "{", '{"breadth": 8}'])
+@pytest.mark.parametrize("text", ["8", "{", '{"breadth": 8}', '[{"width": 8}]'])
 def test_what_is_no_such_message_is_refused(text: str) -> None:
     with pytest.raises(click.UsageError, match="is no Resize in JSON"):
         operations.build(kind("thumbnails"), {"sizes": (text,)})
