@@ -116,16 +116,16 @@ async def adopt_together(
         for _, each in sorted(first.items())
     ]
     fresh = await insert_absent(connection, table, rows, table.c.resource_id)
-    answers: list[Adopted | Exception] = []
-    for each in requests:
+    answers: dict[str, Adopted | Exception] = {}
+    for each in sorted(requests, key=lambda each: (each.caller, each.method, each.key)):  # `adopt` locks, too
         if each.new_id in fresh:
-            answers.append((each.new_id, True))
+            answers[each.new_id] = each.new_id, True
             continue
         try:
-            answers.append(await adopt(connection, table, **asdict(each)))
+            answers[each.new_id] = await adopt(connection, table, **asdict(each))
         except IdempotencyKeyReused as refusal:
-            answers.append(refusal)
-    return answers
+            answers[each.new_id] = refusal
+    return [answers[each.new_id] for each in requests]
 
 
 async def forget(connection: AsyncConnection, table: Table, older_than: timedelta = timedelta(hours=24)) -> bool:

@@ -93,7 +93,7 @@ class Picture(ABC):
         """Return what `work` gave for an animation's first frame: for what all its frames must have in common."""
         if not self._common:
             self._common.append(work())
-        return self._common[0]  # type: ignore[no-any-return]
+        return self._common[0]  # type: ignore[no-any-return]  # pyvips has no types
 
     def stream(self) -> tuple[bytes, int] | None:
         """Return the JPEG stream of the file, without metadata, and its bands, if that alone is this picture."""

@@ -38,7 +38,7 @@ class _None:
         raise ModelMissing(f"This worker has no model for {operation}.", metadata={"operation": operation})
 
     def run(self, model: Model, items: Pixels) -> Pixels:
-        raise NotImplementedError
+        raise NotImplementedError  # nobody got a model to run from `model`
 
 
 NONE: Models = _None()
