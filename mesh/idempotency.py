@@ -12,7 +12,7 @@ from datetime import timedelta
 from sqlalchemy import Column, LargeBinary, MetaData, String, Table, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh.database import Timestamp, delete_some, insert_absent, insert_if_absent, now
+from mesh.database import Timestamp, clock, delete_some, insert_absent, insert_if_absent
 from mesh.errors import FailedPrecondition
 
 FORGOTTEN_AT_ONCE = 1000  # keys in one transaction, so that nobody who writes waits long for it
@@ -32,7 +32,7 @@ def table(metadata: MetaData) -> Table:
         Column("key", String, primary_key=True),
         Column("fingerprint", LargeBinary, nullable=False),
         Column("resource_id", String, nullable=False),
-        Column("create_time", Timestamp, nullable=False, index=True),
+        Column("create_time", Timestamp, nullable=False, index=True, default=clock()),
     )
 
 
@@ -79,7 +79,6 @@ async def adopt(
         "key": key,
         "fingerprint": fingerprint,
         "resource_id": new_id,
-        "create_time": await now(connection),
     }
     mine = (table.c.caller == caller) & (table.c.method == method) & (table.c.key == key)
     # Locked, the key goes on standing for its resource while this transaction lasts.
@@ -101,7 +100,6 @@ async def adopt_together(
     connection: AsyncConnection, table: Table, requests: Sequence[Request]
 ) -> list[Adopted | Exception]:
     """Return what `adopt` says of each of many requests, or raises."""
-    time = await now(connection)
     first = {(each.caller, each.method, each.key): each for each in reversed(requests)}
     # In one order, so that two who do this wait for each other and do not meet crosswise.
     rows = [
@@ -111,7 +109,6 @@ async def adopt_together(
             "key": each.key,
             "fingerprint": each.fingerprint,
             "resource_id": each.new_id,
-            "create_time": time,
         }
         for _, each in sorted(first.items())
     ]
@@ -130,5 +127,5 @@ async def adopt_together(
 
 async def forget(connection: AsyncConnection, table: Table, older_than: timedelta = timedelta(hours=24)) -> bool:
     """Delete some of the keys that are older than anybody retries; return whether more may be left."""
-    old = table.c.create_time < await now(connection) - older_than
+    old = table.c.create_time < clock(-older_than)
     return await delete_some(connection, table, old, at_most=FORGOTTEN_AT_ONCE)

@@ -510,3 +510,50 @@ async def test_a_failed_statement_is_told_without_its_values(opened: Database) -
             await connection.execute(text("SELECT * FROM missing WHERE hash = :hash"), {"hash": "5ecret"})
 
     assert "5ecret" not in str(failure.value)
+
+
+async def test_a_single_statement_is_committed_by_itself_and_its_connection_is_a_transactions_again(
+    opened: Database,
+) -> None:
+    async with opened.statement() as connection:
+        await connection.execute(update(counter).values(value=1))
+    with pytest.raises(ZeroDivisionError):
+        async with opened.transaction() as connection:
+            await connection.execute(update(counter).values(value=2))
+            raise ZeroDivisionError
+
+    async with opened.query() as connection:
+        assert await connection.scalar(select(counter.c.value)) == 1
+
+
+async def test_a_query_cannot_write(opened: Database) -> None:
+    with pytest.raises(DBAPIError):
+        async with opened.query() as connection:
+            await connection.execute(update(counter).values(value=1))
+
+
+async def test_whoever_waits_for_a_transactions_end_hears_whether_it_committed(opened: Database) -> None:
+    heard: list[bool] = []
+    async with opened.transaction() as connection:
+        database.when_ended(connection, heard.append)
+        assert not heard
+    with pytest.raises(ZeroDivisionError):
+        async with opened.transaction() as connection:
+            database.when_ended(connection, heard.append)
+            raise ZeroDivisionError
+    async with opened.transaction():
+        pass
+
+    assert heard == [True, False]
+
+
+async def test_the_clock_is_the_same_in_a_statement_and_asked_for(opened: Database) -> None:
+    async with opened.transaction() as connection:
+        await connection.execute(insert(moment).values(time=database.clock(timedelta(hours=1))))
+        later = await database.now(connection) + timedelta(hours=1)
+        written = await connection.scalar(select(moment.c.time))
+        found = await connection.scalar(select(func.count()).where(moment.c.time > database.clock()))
+
+    assert written is not None
+    assert timedelta(0) <= later - written < timedelta(seconds=5)
+    assert found == 1
