@@ -29,6 +29,7 @@ from sqlalchemy import (
     delete,
     event,
     func,
+    literal_column,
     make_url,
     select,
     text,
@@ -255,7 +256,7 @@ def clock(later: timedelta = timedelta(0)) -> ColumnElement[datetime]:
 
     Replicas' clocks differ.
     """
-    return type_coerce(_Clock() + later // _MICROSECOND if later else _Clock(), Timestamp)
+    return type_coerce(_Clock() + literal_column(str(later // _MICROSECOND)), Timestamp)
 
 
 async def now(connection: AsyncConnection) -> datetime:

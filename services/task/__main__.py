@@ -23,9 +23,10 @@ async def main(config: Config) -> None:
         channel.opened("user", config, leaf) as user,
         sender.posting(config.webhook_allowed_networks) as posts,
     ):
-        tasks, clock = repository.SqlTasks(sql, convert.message_of, convert.hook_body), SystemClock()
-        relay, watches = outbox.Relay(sql, tables.outbox_table, bus), watch.Watches(tasks, clock)
-        tasks.after_commit(watches.changed, lambda _: relay.wake())
+        out, clock = outbox.Outbox(sql, tables.outbox_table), SystemClock()
+        tasks = repository.SqlTasks(sql, out, convert.message_of, convert.hook_body)
+        watches = watch.Watches(tasks, clock)
+        tasks.after_commit(watches.changed)
         peers, key = (StorageServiceStub(storage), UserServiceStub(user)), config.secret("capability.key")
         keeper = upkeep.Upkeep(tasks, bus, config.terms)
         work = keeper.work(lock.Locks(config, sql, tables.lock_table))
@@ -41,7 +42,7 @@ async def main(config: Config) -> None:
             partial(add_TaskServiceServicer_to_server, servicer),
             partial(add_WebhookServiceServicer_to_server, hooks),
             dependencies=[sql.check],  # not the broker: without it tasks are taken, and go out later
-            background=[relay.run, *watches.work(bus), *work, sender.Sender(owed, posts, clock).run],
+            background=[partial(out.relay, bus), *watches.work(bus), *work, sender.Sender(owed, posts, clock).run],
             degraded=keeper.degraded,
         )
 

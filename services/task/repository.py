@@ -28,8 +28,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh import crash, idempotency, ids, lock, outbox
+from mesh import crash, idempotency, ids, lock
 from mesh.database import Database, Timestamp, insert_absent, insert_if_absent, now
+from mesh.outbox import Message, Outbox
 from mesh.together import Together
 from services.task.domain import (
     FORGET,
@@ -59,7 +60,6 @@ from services.task.tables import (
     UNENDED,
     idempotency_table,
     lock_table,
-    outbox_table,
     taking_turns,
 )
 from services.task.tables import task as task_table
@@ -101,6 +101,7 @@ class SqlTasks:
 
     Args:
         database: where they are.
+        outbox: theirs.
         encode: makes the message of a notice; it leaves with the transaction.
         hook_body: says what a webhook is told of an ended task: the kind of event, and a body.
     """
@@ -108,10 +109,12 @@ class SqlTasks:
     def __init__(
         self,
         database: Database,
-        encode: Callable[[Notice], outbox.Message],
+        outbox: Outbox,
+        encode: Callable[[Notice], Message],
         hook_body: Callable[[Task], tuple[str, str]],
     ) -> None:
         self._database = database
+        self._outbox = outbox
         self._encode = encode
         self._hook_body = hook_body
         self._listeners: tuple[Callable[[str], None], ...] = ()
@@ -409,7 +412,7 @@ class SqlTasks:
         if told:
             changes = [each for _, each in told]
             await connection.execute(insert(event_table), [_event_columns(*each) for each in told])
-            await outbox.add(connection, outbox_table, *(self._encode(n) for each in changes for n in each.notices))
+            await self._outbox.add(connection, *(self._encode(n) for each in changes for n in each.notices))
             await self._owe(connection, [each.task for each in changes if each.task.state.ended])
 
     async def _owe(self, connection: AsyncConnection, tasks: Sequence[Task]) -> None:

@@ -17,9 +17,11 @@ from sqlalchemy import BigInteger, String, case, cast, insert, join, literal, se
 
 from mesh import database, migrations
 from mesh.database import Database, Timestamp
+from mesh.outbox import Outbox
 from services.task import convert, domain
 from services.task.domain import Query, State
 from services.task.repository import SqlTasks
+from services.task.tables import outbox_table
 from services.task.tables import task as task_table
 from services.task.tables import task_batch as batch_table
 from tests import postgres
@@ -42,7 +44,7 @@ HOW = (
 
 async def fill(sql: Database, size: int) -> None:
     """Have `size` tasks, all copies of one that the repository made."""
-    tasks = SqlTasks(sql, convert.message_of, convert.hook_body)
+    tasks = SqlTasks(sql, Outbox(sql, outbox_table), convert.message_of, convert.hook_body)
     made = partial(
         domain.created, task_id="tsk_0", user_id=MOST, role="ROLE_USER", input_file_id="fil_1", file_ids=("fil_1",),
         operation=bytes(40),
@@ -96,7 +98,7 @@ async def measure(name: str, urls: Mapping[int, str], rounds: int) -> list[Figur
             await migrations.upgrade("task", url)
             sql = await stack.enter_async_context(database.opened(url))
             await fill(sql, size)
-            filled[size] = SqlTasks(sql, convert.message_of, convert.hook_body)
+            filled[size] = SqlTasks(sql, Outbox(sql, outbox_table), convert.message_of, convert.hook_body)
         figures = {size: Figures(f"{name}, {size:,}") for size in urls}
         for _ in range(rounds):
             taken: dict[int, dict[str, list[float]]] = {size: {kind: [] for kind in kinds(size)} for size in urls}

@@ -145,8 +145,8 @@ async def deleted_one_of_two(mesh: Mesh, person: Person) -> None:
 FAULTS = {
     "published without outbox": Fault(
         "mesh/outbox.py",
-        "update(rows).where(rows.c.position.in_(messages)).values(claimed_until=time + self._lease)",
-        "delete(rows).where(rows.c.position.in_(messages))",
+        "update(rows).where(claimed).values(claimed_until=clock(self._lease), holder=holder)",
+        "delete(rows).where(claimed)",
         "task",
         killed_with_a_message_to_send,
         "is CANCELLED, its reservation 1 is bound, not released",

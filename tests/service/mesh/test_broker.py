@@ -16,7 +16,7 @@ from mesh import broker, database, events, ids, outbox, redrive
 from mesh.broker import Broker, Delivery
 from mesh.errors import Unavailable
 from mesh.events import event
-from mesh.outbox import Message, MessageUnroutable, Relay
+from mesh.outbox import Message, MessageUnroutable, Outbox
 from tests import rabbitmq
 from tests.eventually import eventually
 
@@ -423,16 +423,12 @@ async def test_a_killed_broker_loses_nothing_and_everybody_comes_back(
         await opened.broadcast(f"{queue}.changes", b"")
         return heard.is_set()
 
-    async def add(database: database.Database, number: int) -> None:
-        async with database.transaction() as connection:
-            await outbox.add(connection, table, permit(queue, str(number).encode()))
-
     async with database.opened(url) as kept:
         async with kept.transaction() as connection:
             await connection.run_sync(metadata.create_all)
-        relay = Relay(kept, table, opened)
+        box = Outbox(kept, table)
         async with (
-            background(relay.run()),
+            background(box.relay(opened)),
             background(opened.consume(queue, recorder, prefetch=5)),
             background(listen()),
         ):
@@ -441,8 +437,8 @@ async def test_a_killed_broker_loses_nothing_and_everybody_comes_back(
             # leader for it again (3.10.8). Nothing a client could do, so the queue is given that time.
             await asyncio.sleep(1.5)
             for number in range(300):
-                await add(kept, number)
-                relay.wake()
+                async with kept.transaction() as connection:
+                    await box.add(connection, permit(queue, str(number).encode()))
                 if number == 100:
                     node.kill()
                     heard.clear()

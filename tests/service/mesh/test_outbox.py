@@ -14,7 +14,7 @@ from sqlalchemy import MetaData, func, select
 from mesh import database, outbox
 from mesh.database import Database
 from mesh.errors import Unavailable
-from mesh.outbox import Message, MessageUnroutable, Relay
+from mesh.outbox import Message, MessageUnroutable, Outbox, Publisher
 from tests.eventually import eventually
 
 metadata = MetaData()
@@ -24,7 +24,7 @@ DIE_AFTER_PUBLISHING = """
 import asyncio, os, sys
 from datetime import timedelta
 from mesh import database
-from mesh.outbox import Relay
+from mesh.outbox import Outbox
 from tests.service.mesh.test_outbox import table
 
 class Broker:
@@ -36,7 +36,7 @@ class Broker:
 
 async def main():
     async with database.opened(sys.argv[1]) as opened:
-        await Relay(opened, table, Broker(), lease=timedelta(seconds=1)).run()
+        await Outbox(opened, table, lease=timedelta(seconds=1)).relay(Broker())
 
 asyncio.run(main())
 """
@@ -83,9 +83,16 @@ async def opened(url: str) -> AsyncIterator[Database]:
         yield opened
 
 
-async def add(opened: Database, *messages: Message) -> None:
+@asynccontextmanager
+async def relaying(box: Outbox, publisher: Publisher) -> AsyncIterator[None]:
+    async with background(lambda: box.relay(publisher)):
+        await asyncio.sleep(0)  # it holds what is added from here on
+        yield
+
+
+async def add(opened: Database, *messages: Message, box: Outbox | None = None) -> None:
     async with opened.transaction() as connection:
-        await outbox.add(connection, table, *messages)
+        await (box or Outbox(opened, table)).add(connection, *messages)
 
 
 async def rows(opened: Database) -> int:
@@ -105,36 +112,77 @@ async def test_a_message_arrives_as_it_was_added_and_its_row_goes(opened: Databa
             seen.extend(messages)
 
     await add(opened, message("1", subject="tsk_1"))
-    async with background(Relay(opened, table, Recorder()).run):
+    async with relaying(Outbox(opened, table), Recorder()):
         await eventually(lambda: is_empty(opened))
 
     assert seen == [message("1", subject="tsk_1")]
 
 
-async def test_a_woken_relay_does_not_wait_for_its_next_look(opened: Database) -> None:
-    broker = Broker()
-    relay = Relay(opened, table, broker)
-    async with background(relay.run):
+async def test_what_a_replica_adds_it_sends_without_a_look(opened: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    broker, box = Broker(), Outbox(opened, table)
+    async with relaying(box, broker):
         await asyncio.sleep(0.2)  # it has looked and found nothing
+        monkeypatch.setattr(outbox, "advisory_lock", None)  # the next look fails
 
-        await add(opened, message("1"))
-        relay.wake()
+        for number in range(3):
+            await add(opened, message(f"{number}/1", subject="tsk_1"), message(f"{number}/2", subject="tsk_1"), box=box)
 
-        await eventually(lambda: broker.published == ["1"], within_seconds=outbox.POLL_SECONDS / 2)
+        sent = ["0/1", "0/2", "1/1", "1/2", "2/1", "2/2"]
+        await eventually(lambda: broker.published == sent, within_seconds=outbox.POLL_SECONDS / 2)
+        await eventually(lambda: is_empty(opened), within_seconds=outbox.POLL_SECONDS / 2)
+
+
+async def test_of_a_subject_none_goes_before_an_earlier_ones_transaction_is_known_to_have_ended(
+    opened: Database,
+) -> None:
+    broker, box = Broker(), Outbox(opened, table)
+    held: list[Callable[[bool], None]] = []
+    async with relaying(box, broker):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(outbox, "when_ended", lambda _, tell: held.append(tell))  # the answer to COMMIT is late
+            await add(opened, message("1", subject="tsk_1"), box=box)
+        await add(opened, message("2", subject="tsk_1"), message("3", subject="tsk_2"), box=box)
+        await eventually(lambda: broker.published == ["3"])
+        held[0](True)
+        await eventually(lambda: broker.published == ["3", "1", "2"])
+
+
+async def test_what_may_have_been_committed_is_not_overtaken(opened: Database) -> None:
+    broker, box = Broker(), Outbox(opened, table, lease=timedelta(seconds=1))
+    held: list[Callable[[bool], None]] = []
+    async with relaying(box, broker):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(outbox, "when_ended", lambda _, tell: held.append(tell))
+            await add(opened, message("1", subject="tsk_1"), box=box)
+        held[0](False)  # the answer to COMMIT was lost
+        await add(opened, message("2", subject="tsk_1"), box=box)
+        await eventually(lambda: is_empty(opened), within_seconds=10)
+
+    assert broker.published == ["1", "2"]
+
+
+async def test_what_is_more_than_a_replica_holds_is_sent_too(opened: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "HELD", 3)
+    broker, box = Broker(), Outbox(opened, table)
+    async with relaying(box, broker):
+        await add(opened, *(message(str(number), subject="tsk_1") for number in range(5)), box=box)
+        await eventually(lambda: is_empty(opened))
+
+    assert broker.published == [str(number) for number in range(5)]
 
 
 async def test_a_failed_transaction_sends_nothing(opened: Database) -> None:
-    broker = Broker()
+    broker, box = Broker(), Outbox(opened, table)
 
     async def fail_late() -> None:
         async with opened.transaction() as connection:
-            await outbox.add(connection, table, message("never"))
+            await box.add(connection, message("never"))
             raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        await fail_late()
-    await add(opened, message("1"))
-    async with background(Relay(opened, table, broker).run):
+    async with relaying(box, broker):
+        with pytest.raises(ZeroDivisionError):
+            await fail_late()
+        await add(opened, message("1"), box=box)
         await eventually(lambda: is_empty(opened))
 
     assert broker.published == ["1"]
@@ -144,12 +192,11 @@ async def test_two_replicas_send_each_message_once_and_keep_the_order_of_a_subje
     broker = Broker()
     subjects = ["tsk_1", "tsk_2", "tsk_3"]
     async with database.opened(url) as other:
-        relays = [Relay(opened, table, broker), Relay(other, table, broker)]
-        async with background(relays[0].run), background(relays[1].run):
+        boxes = [Outbox(opened, table), Outbox(other, table)]
+        async with relaying(boxes[0], broker), relaying(boxes[1], broker):
             for number in range(100):
-                await add(opened, *(message(f"{subject}/{number:03d}", subject=subject) for subject in subjects))
-                for relay in relays:
-                    relay.wake()
+                messages = [message(f"{subject}/{number:03d}", subject=subject) for subject in subjects]
+                await add(opened, *messages, box=boxes[number // 3 % 2])
             await eventually(lambda: is_empty(opened), within_seconds=20)
 
     for subject in subjects:
@@ -163,7 +210,7 @@ async def test_messages_that_go_the_same_way_leave_as_one_and_a_subjects_one_aft
     permits = [replace(message(f"permit/{number}"), exchange="", routing_key="queue") for number in range(3)]
     created = [message(f"{number}/1", subject=f"tsk_{number}") for number in range(150)]
     await add(opened, *created, message("0/2", subject="tsk_0"), message("0/3", subject="tsk_0"), *permits)
-    async with background(Relay(opened, table, broker).run):
+    async with relaying(Outbox(opened, table), broker):
         await eventually(lambda: is_empty(opened))
 
     assert sorted(broker.together) == [1, 1, 1, 1, 1, 50, outbox.TOGETHER]
@@ -174,9 +221,11 @@ async def test_messages_that_go_the_same_way_leave_as_one_and_a_subjects_one_aft
 async def test_nothing_is_lost_while_the_broker_is_away(opened: Database) -> None:
     broker = Broker()
     broker.failure = Unavailable("away")
-    async with background(Relay(opened, table, broker).run):
-        await add(opened, *(message(str(number), subject="tsk_1") for number in range(5)))
-        await asyncio.sleep(0.5)
+    box = Outbox(opened, table)
+    async with relaying(box, broker):
+        for number in range(5):
+            await add(opened, message(str(number), subject="tsk_1"), box=box)
+            await asyncio.sleep(0.1)
         broker.failure = None
         await eventually(lambda: is_empty(opened), within_seconds=10)
 
@@ -192,7 +241,7 @@ async def test_a_message_that_nobody_takes_yet_holds_up_only_its_own_subject(ope
         message("2", subject="tsk_1"),
         message("3", subject="tsk_2"),
     )
-    async with background(Relay(opened, table, broker, lease=timedelta(seconds=1)).run):
+    async with relaying(Outbox(opened, table, lease=timedelta(seconds=1)), broker):
         await eventually(lambda: broker.published == ["3"])
         broker.unwanted = set()
         await eventually(lambda: is_empty(opened))
@@ -209,10 +258,10 @@ async def test_a_stopped_relay_leaves_no_message_claimed(opened: Database) -> No
             await asyncio.Event().wait()
 
     await add(opened, message("1"))
-    async with background(Relay(opened, table, Hanging()).run):
+    async with relaying(Outbox(opened, table), Hanging()):
         await stuck.wait()
     broker = Broker()
-    async with background(Relay(opened, table, broker).run):
+    async with relaying(Outbox(opened, table), broker):
         await eventually(lambda: broker.published == ["1"], within_seconds=1)
 
 
@@ -226,7 +275,7 @@ async def test_a_relay_killed_between_publishing_and_deleting_means_a_duplicate_
     )
     output, _ = await killed.communicate()
     broker = Broker()
-    async with background(Relay(opened, table, broker).run):
+    async with relaying(Outbox(opened, table), broker):
         await eventually(lambda: is_empty(opened))
 
     assert (killed.returncode, output.split()) == (-9, [b"1", b"2"])

@@ -21,7 +21,7 @@ from atelier.user.v1 import user_pb2, user_pb2_grpc
 
 from mesh import database, lock, wire
 from mesh.errors import MeshError, NotFound, ResourceExhausted, Unavailable
-from mesh.outbox import Message
+from mesh.outbox import Message, Outbox
 from mesh.service import READER_SECONDS
 from services.task import convert
 from services.task.domain import FORGET, Terms
@@ -164,6 +164,7 @@ class Replica:
     tasks: Interrupted
     watches: Watches
     database: database.Database
+    outbox: Outbox
     clock: HeldClock
     upkeep: Upkeep
     uptime: list[float]
@@ -300,7 +301,8 @@ def _replica(
                 partial(user_pb2_grpc.add_UserServiceServicer_to_server, users),
             ) as peers,
         ):
-            clock, tasks, uptime = HeldClock(), Interrupted(sql, convert.message_of, convert.hook_body), [0.0]
+            clock, uptime, outbox = HeldClock(), [0.0], Outbox(sql, outbox_table)
+            tasks = Interrupted(sql, outbox, convert.message_of, convert.hook_body)
             upkeep = Upkeep(tasks, bus, lambda: terms, monotonic=lambda: uptime[0])
             watches = Watches(tasks, clock, idle_seconds=idle_seconds)
             tasks.after_commit(watches.changed)
@@ -323,7 +325,7 @@ def _replica(
                 partial(add_WebhookServiceServicer_to_server, hooks),
                 reader_seconds=reader_seconds,
             ) as server:
-                yield Replica(server, tasks, watches, sql, clock, upkeep, uptime)
+                yield Replica(server, tasks, watches, sql, outbox, clock, upkeep, uptime)
             for each in work:
                 each.cancel()
             await asyncio.gather(*work, return_exceptions=True)

@@ -9,7 +9,6 @@ import pytest
 
 from mesh import broker, outbox
 from mesh.broker import Broker
-from services.task.tables import outbox_table
 from services.task.upkeep import Upkeep
 from tests import rabbitmq
 from tests.eventually import eventually
@@ -41,7 +40,7 @@ async def working(replica: Replica, bus: Broker) -> AsyncIterator[list[str]]:
 async def test_each_created_task_lets_a_worker_claim(replica: Replica, node: rabbitmq.Node):
     async with broker.opened(node.url) as bus, working(replica, bus) as claimed:
         await eventually(lambda: declared(bus), within_seconds=20)
-        relay = asyncio.create_task(outbox.Relay(replica.database, outbox_table, bus).run())
+        relay = asyncio.create_task(replica.outbox.relay(bus))
         created = [(await replica.create()).task_id for _ in range(3)]
 
         await eventually(lambda: len(claimed) == 3, within_seconds=20)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,10 +18,9 @@ from mesh import broker, database
 from mesh.broker import Broker, Delivery
 from mesh.clock import SystemClock
 from mesh.errors import Unavailable
-from mesh.outbox import Message, Relay
+from mesh.outbox import Message
 from mesh.service import every
 from services.task.domain import Terms
-from services.task.tables import outbox_table
 from services.task.upkeep import Upkeep
 from services.user.consumers import TaskEvents
 from services.user.domain import Account, Kind, Usage
@@ -142,9 +142,10 @@ async def test_messages_that_are_each_delivered_three_times_have_the_effect_of_o
             await super().take(deliveries)
             taken.extend(each.message_id for each in deliveries)
 
-    relay = Relay(replica.database, outbox_table, Thrice(bus))
     events = Events(quotas, CLOCK).work(bus)
-    async with background(*(lambda each=each: each.run(bus) for each in workers), *events, relay.run):
+    async with background(
+        *(lambda each=each: each.run(bus) for each in workers), *events, partial(replica.outbox.relay, Thrice(bus))
+    ):
         created = [(await replica.create()).task_id for _ in range(10)]
 
         await eventually(lambda: len(taken) >= 3 * 2 * len(created), within_seconds=60)
@@ -159,18 +160,23 @@ async def test_messages_that_are_each_delivered_three_times_have_the_effect_of_o
 
 
 # A process for each task, forked from one that has loaded everything, which takes most of the time. It dies after the
-# commit, before it could even think of the outbox.
+# commit, with the messages in its hands.
 KILLED_AFTER_THE_COMMIT = """
 import asyncio, os, signal, sys
 from functools import partial
 from mesh import database, ids
+from mesh.outbox import Outbox
 from services.task import convert, domain
 from services.task.repository import SqlTasks
+from services.task.tables import outbox_table
 from tests.service.task.conftest import OWNER, PHOTO, resize
 
 async def die(url):
     async with database.opened(url) as sql:
-        tasks = SqlTasks(sql, convert.message_of, convert.hook_body)
+        outbox = Outbox(sql, outbox_table)
+        relaying = asyncio.create_task(outbox.relay(None))
+        await asyncio.sleep(0)
+        tasks = SqlTasks(sql, outbox, convert.message_of, convert.hook_body)
         tasks.after_commit(lambda _: os.kill(os.getpid(), signal.SIGKILL))
         operation, task_id = resize().operation.SerializeToString(), ids.new("tsk")
         print(task_id, flush=True)
@@ -197,7 +203,7 @@ async def test_what_was_committed_before_its_process_was_killed_reaches_a_worker
     output, _ = await dying.communicate()
     committed = output.decode().split()
     worker = Worker(replica)
-    async with background(lambda: worker.run(bus), Relay(replica.database, outbox_table, bus).run):
+    async with background(lambda: worker.run(bus), partial(replica.outbox.relay, bus)):
         await eventually(lambda: len(worker.done) == KILLS, within_seconds=60)
 
     assert (dying.returncode, len(committed)) == (0, KILLS)
@@ -216,7 +222,7 @@ async def test_a_thousand_queued_tasks_outlive_the_broker_and_their_workers(
     batch = await replica.user().CreateTaskBatch(pb.CreateTaskBatchRequest(items=[item] * MANY))
     keeper = Upkeep(replica.tasks, bus, lambda: terms)
     works = [
-        Relay(replica.database, outbox_table, bus).run,
+        partial(replica.outbox.relay, bus),
         every(0.2, keeper.reap),
         every(0.5, keeper.replenish),
         *TaskEvents(quotas, CLOCK).work(bus),
