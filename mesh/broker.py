@@ -44,6 +44,7 @@ PUBLISH_SECONDS = 5.0
 BROADCAST_SECONDS = 1.0  # somebody's request waits for it, and it may be lost
 RECONNECT_SECONDS = 1.0
 FINISH_SECONDS = 10.0
+REST_SECONDS = 0.05  # of who handles messages together
 HEARTBEAT_SECONDS = 15  # a broker that hangs is noticed within two of them
 MAX_BACKOFF_SECONDS = 2.0
 BROADCAST_BACKLOG = 10_000  # broadcasts only hurry a poll, so a listener that is late loses the oldest
@@ -161,6 +162,7 @@ class Broker:
     ) -> None:
         """As `consume`, but for all that waits, in one call; one call at a time, with about `at_most` at most.
 
+        Between two calls it rests, unless as much waits as one takes: what comes meanwhile waits for the next.
         When that fails for good each of them is tried by itself, so that one which cannot be handled stops no other.
         """
         await self._consume(queue, handler, at_most, bindings, together=True)
@@ -281,6 +283,8 @@ class Broker:
                     while together and waiting and sum(len(each.deliveries) for each in taken) < prefetch:
                         taken.append(waiting.popleft())
                     await self._handle(name, taken, handler, stopping)
+                    if together and sum(len(each.deliveries) for each in taken) < prefetch:
+                        await _set_within(stopping, REST_SECONDS)  # and what comes meanwhile goes together
             finally:
                 handling.discard(cast("asyncio.Task[None]", asyncio.current_task()))
 

@@ -364,7 +364,7 @@ class Tasks(Protocol):
             TaskNotFound: there is none.
         """
 
-    async def claim(self, pool: str, count: int, step: Step) -> list[Task]:
+    async def claim(self, pool: str, count: int, step: Step) -> Page:
         """Take `step` with the next tasks of a pool, up to `count`; none when nothing is due."""
 
     async def find(self, task_id: str) -> Task | None:

@@ -248,14 +248,15 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
 
     async def ClaimTask(self, request: pb.ClaimTaskRequest, _: object) -> pb.ClaimTaskResponse:
         claimed = partial(domain.claimed, terms=self._terms())
-        tasks = await self._tasks.claim(request.pool, request.max_tasks or 1, claimed)
-        for task in tasks:
+        page = await self._tasks.claim(request.pool, request.max_tasks or 1, claimed)
+        for task in page.tasks:
             log.info(
                 "claimed",
                 extra={"task_id": task.task_id, "attempt": task.attempt, "worker_id": request.worker_id},
             )
-        assignments = [self._assignment(task) for task in tasks]
-        return pb.ClaimTaskResponse(assignment=assignments[0] if assignments else None, others=assignments[1:])
+        assignments = [self._assignment(task) for task in page.tasks]
+        first = assignments[0] if assignments else None
+        return pb.ClaimTaskResponse(assignment=first, others=assignments[1:], more=page.more)
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, _: object) -> pb.RenewLeaseResponse:
         progress = convert.progress_from(request)

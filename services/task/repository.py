@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from mesh import crash, idempotency, ids, lock
-from mesh.database import Database, Timestamp, insert_absent, insert_if_absent, now
+from mesh.database import Database, Timestamp, clock, insert_absent, insert_if_absent, now
 from mesh.outbox import Message, Outbox
 from mesh.together import Together
 from services.task.domain import (
@@ -162,7 +162,7 @@ class SqlTasks:
                 .with_for_update()
             )
             tasks = [_task(row) for row in await connection.execute(members)]
-            await self._take(connection, tasks, step)
+            await self._take(connection, tasks, step, await now(connection))
             batch = require_batch(await _batch(connection, batch_id), batch_id, owner)
         for each in tasks:
             self._committed(each.task_id)
@@ -177,29 +177,32 @@ class SqlTasks:
             return await self._changed(_Wanted(task_id, step))
         async with self._database.transaction() as connection:
             task = require_found(await _locked(connection, task_id), task_id, owner)
-            [change] = await self._take(connection, [task], step)
+            [change] = await self._take(connection, [task], step, await now(connection))
             crash.point(f"{change.task.state}: written")
         crash.point(f"{change.task.state}: committed")
         if change.task.version != task.version:
             self._committed(task_id)
         return change.task
 
-    async def claim(self, pool: str, count: int, step: Step) -> list[Task]:
+    async def claim(self, pool: str, count: int, step: Step) -> Page:
         async with self._database.transaction() as connection:
-            changes = await self._take(connection, await _next(connection, pool, count), step)
+            rows = await _next(connection, pool, count)
+            if not rows:
+                return Page([], more=False)
+            changes = await self._take(connection, [_task(row) for row in rows], step, rows[0].now)
             crash.point("claim: written")
         crash.point("claim: committed")
         for change in changes:
             self._committed(change.task.task_id)
-        return [change.task for change in changes]
+        return Page([change.task for change in changes], more=len(rows) == count < rows[0].waiting)
 
     async def find(self, task_id: str) -> Task | None:
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             row = (await connection.execute(select(task_table).where(task_table.c.task_id == task_id))).one_or_none()
         return None if row is None else _task(row)
 
     async def page(self, query: Query) -> Page:
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             tasks = [_task(row) for row in await connection.execute(listed(query))]
         return Page(tasks[: query.size], len(tasks) > query.size)
 
@@ -215,7 +218,7 @@ class SqlTasks:
             found = found.where(task_table.c.failure_reason == query.reason)
         if query.after is not None:
             found = found.where(place > tuple_(*query.after, types=[Timestamp(), String()]))
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             tasks = [_task(row) for row in await connection.execute(found)]
         return Page(tasks[: query.size], len(tasks) > query.size)
 
@@ -261,33 +264,33 @@ class SqlTasks:
             task_table.c.progress_fraction,
             task_table.c.progress_stage,
         )
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             rows = await connection.execute(_among(columns, task_table, task_ids))
             return {row.task_id: (row.sequence, _progress(row)) for row in rows}
 
     async def lapsed(self, limit: int) -> list[str]:
-        async with self._database.reading() as connection:
-            found = (
-                select(task_table.c.task_id)
-                .where(RUNNING, task_table.c.lease_time < await now(connection))
-                .order_by(task_table.c.lease_time)
-                .limit(limit)
-            )
+        found = (
+            select(task_table.c.task_id)
+            .where(RUNNING, task_table.c.lease_time < clock())
+            .order_by(task_table.c.lease_time)
+            .limit(limit)
+        )
+        async with self._database.query() as connection:
             return list((await connection.execute(found)).scalars())
 
     async def late(self, limit: int) -> list[str]:
-        async with self._database.reading() as connection:
-            found = (
-                select(task_table.c.task_id)
-                .where(UNENDED, task_table.c.deadline_time < await now(connection))
-                .order_by(task_table.c.deadline_time)
-                .limit(limit)
-            )
+        found = (
+            select(task_table.c.task_id)
+            .where(UNENDED, task_table.c.deadline_time < clock())
+            .order_by(task_table.c.deadline_time)
+            .limit(limit)
+        )
+        async with self._database.query() as connection:
             return list((await connection.execute(found)).scalars())
 
     async def overdue(self, pool: str, waited: timedelta) -> int:
-        async with self._database.reading() as connection:
-            due = _due(pool, await now(connection) - waited)
+        due = _due(pool, clock(-waited))
+        async with self._database.query() as connection:
             return (await connection.execute(select(func.count()).where(*due))).scalar_one()
 
     async def forget(self, fence: int) -> None:
@@ -303,7 +306,7 @@ class SqlTasks:
             await lock.require(connection, lock_table, FORGET, fence)
             old = (
                 select(task_table.c.task_id, task_table.c.batch_id)
-                .where(task_table.c.end_time < await now(connection) - kept)
+                .where(task_table.c.end_time < clock(-kept))
                 .order_by(task_table.c.end_time)
                 .limit(at_most)
                 .with_for_update(skip_locked=True)
@@ -323,11 +326,10 @@ class SqlTasks:
         for listener in self._listeners:
             listener(task_id)
 
-    async def _take(self, connection: AsyncConnection, tasks: Sequence[Task], step: Step) -> list[Change]:
+    async def _take(
+        self, connection: AsyncConnection, tasks: Sequence[Task], step: Step, time: datetime
+    ) -> list[Change]:
         """Take a step with each of `tasks`, which are locked; return what became of them, in order."""
-        if not tasks:
-            return []
-        time = await now(connection)
         changes = [step(task, time) for task in tasks]
         anew = [each for task, each in zip(tasks, changes, strict=True) if each.task.round != task.round]
         if anew:  # queued by their owner again: each waits for another turn
@@ -344,17 +346,17 @@ class SqlTasks:
         await self._tell(connection, tasks, changes)
 
     async def _adopt_together(self, requests: Sequence[idempotency.Request]) -> list[idempotency.Adopted | Exception]:
-        async with self._database.transaction() as connection:
+        async with self._database.statement() as connection:
             return await idempotency.adopt_together(connection, idempotency_table, requests)
 
     async def _add_together(self, wanted: Sequence[_New]) -> list[Task | Exception]:
         """Store each task that is wanted, whatever becomes of the others; return what is there then, or why not."""
         refusals: dict[int, Exception] = {}
         async with self._database.transaction() as connection:
-            tasks, time = await _locked_together(connection, {each.task_id for each in wanted}), await now(connection)
+            time = await now(connection)
             made: dict[str, Change] = {}
             for number, each in enumerate(wanted):
-                if each.task_id not in tasks and each.task_id not in made:
+                if each.task_id not in made:
                     try:
                         made[each.task_id] = each.created(time)
                     except Exception as error:  # noqa: BLE001 - its caller's alone
@@ -367,14 +369,14 @@ class SqlTasks:
             new = [each for each in changes if each.task.task_id in stored]
             await self._tell(connection, [None] * len(new), new)
             crash.point("create: events written")
-            tasks |= {each.task.task_id: each.task for each in new}
-            # On PostgreSQL another call with the same key can slip in between: its task is ours.
-            if slipped_in := made.keys() - stored:
-                tasks |= await _locked_together(connection, slipped_in)
+            tasks = {each.task.task_id: each.task for each in new}
+            # What another call with the same key has stored is ours.
+            if others := {each.task_id for each in wanted} - stored:
+                tasks |= await _locked_together(connection, others)
         crash.point("create: committed")
         for change in new:
             self._committed(change.task.task_id)
-        return [refusals.get(number) or tasks[each.task_id] for number, each in enumerate(wanted)]
+        return [tasks.get(each.task_id) or refusals[number] for number, each in enumerate(wanted)]
 
     async def _change_together(self, wanted: Sequence[_Wanted]) -> list[Task | Exception]:
         """Take each step that is wanted, whatever becomes of the others; return the tasks after it, or why not."""
@@ -515,8 +517,10 @@ async def _in_turn(connection: AsyncConnection, changes: Sequence[Change]) -> li
     """Give tasks that one owner queues now their places in the pool."""
     first = changes[0].task
     mine = (taking_turns.c.pool == first.pool) & (taking_turns.c.user_id == first.user_id)
-    await insert_if_absent(connection, taking_turns, {"pool": first.pool, "user_id": first.user_id})
-    await connection.execute(select(taking_turns).where(mine).with_for_update())
+    row = select(taking_turns).where(mine).with_for_update()
+    if (await connection.execute(row)).first() is None:
+        await insert_if_absent(connection, taking_turns, {"pool": first.pool, "user_id": first.user_id})
+        await connection.execute(row)
 
     in_pool = task_table.c.pool == first.pool
     turn = select(task_table.c.turn)
@@ -531,19 +535,24 @@ async def _in_turn(connection: AsyncConnection, changes: Sequence[Change]) -> li
     return [replace(each, task=replace(each.task, turn=own)) for each, own in zip(changes, given, strict=True)]
 
 
-async def _next(connection: AsyncConnection, pool: str, count: int) -> list[Task]:
-    """Pick the tasks that a worker gets: of those that are due, the ones whose turn it is."""
+async def _next(connection: AsyncConnection, pool: str, count: int) -> Sequence[Row[Any]]:
+    """Pick the tasks that a worker gets: of those that are due, the ones whose turn it is.
+
+    Each row says too what time it is (`now`), and how many were due (`waiting`), counted up to one more than `count`.
+    """
+    due = _due(pool, clock())
+    waiting = select(func.count()).select_from(select(task_table.c.task_id).where(*due).limit(count + 1).subquery())
     found = (
-        select(task_table)
-        .where(*_due(pool, await now(connection)))
+        select(task_table, clock().label("now"), waiting.scalar_subquery().label("waiting"))
+        .where(*due)
         .order_by(task_table.c.turn, task_table.c.task_id)
         .limit(count)
         .with_for_update(skip_locked=True)
     )
-    return [_task(row) for row in await connection.execute(found)]
+    return (await connection.execute(found)).all()
 
 
-def _due(pool: str, time: datetime) -> tuple[ColumnElement[bool] | TextClause, ...]:
+def _due(pool: str, time: ColumnElement[datetime]) -> tuple[ColumnElement[bool] | TextClause, ...]:
     return (task_table.c.pool == pool, QUEUED, task_table.c.due_time <= time)
 
 

@@ -21,6 +21,7 @@ from services.task.domain import History, Task, Tasks, Version, replayed, requir
 
 CHANGES = "task.changes"  # the broadcast between replicas; its bodies are task ids, apart by blanks
 POLL_SECONDS = 1.0
+REST_SECONDS = 0.05
 IDLE_SECONDS = 15.0  # below the idle timeouts of common proxies, 30 s and more
 TOKEN_GRACE = timedelta(minutes=15)
 LONGEST_SECONDS = 3590.0  # a little less than the contract's deadline, so that the end says why
@@ -172,6 +173,7 @@ class Watches:
             while not self._unannounced.empty():
                 changed.add(self._unannounced.get_nowait())
             await broadcasts.broadcast(CHANGES, " ".join(changed).encode())
+            await asyncio.sleep(REST_SECONDS)  # what changes meanwhile is told together
 
     async def listen(self, broadcasts: Broadcasts) -> None:
         """Hear what the other replicas have changed, for ever."""

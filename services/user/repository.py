@@ -112,13 +112,13 @@ class SqlAccounts:
         return account
 
     async def get(self, user_id: str) -> Account:
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             return await _account(connection, user_id)
 
     async def find(self, login: str) -> Account | None:
         key = login.casefold()
         found = select(account_table).where((account_table.c.username_key == key) | (account_table.c.email_key == key))
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             row = (await connection.execute(found)).one_or_none()  # a name has no @, an address has one
         return None if row is None else _from_row(row)
 
@@ -146,7 +146,7 @@ class SqlAccounts:
             )
 
     async def ended_generations(self) -> list[str]:
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             return list(await connection.scalars(select(ended_generation.c.generation_id).limit(REVOKED_AT_ONCE)))
 
     async def note_revoked(self, generation_id: str) -> None:
@@ -263,7 +263,7 @@ class SqlQuotas:
             .order_by(reservation.c.update_time)
             .limit(ASKED_AT_ONCE)
         )
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             return list((await connection.execute(held)).scalars())
 
     async def audit(self) -> list[Drift]:
@@ -306,7 +306,7 @@ class SqlQuotas:
             .order_by(reservation.c.reservation_id)
             .limit(at_most)
         )
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             return [_from_reservation_row(row) for row in await connection.execute(found)]
 
 
@@ -368,14 +368,16 @@ async def _usage(connection: AsyncConnection, user_id: str, kind: Kind, period: 
 
 async def _set_aside(connection: AsyncConnection, held: Reservation, total: int, limit: int) -> bool:
     """Add to what is reserved if it fits; one statement looks and adds."""
-    zero = {"user_id": held.user_id, "kind": held.kind, "period": held.period, "used": 0, "reserved": 0}
-    await insert_if_absent(connection, counter, zero)
-    added = await connection.execute(
+    added = (
         update(counter)
         .where(*_counted(held.user_id, held.kind, held.period), counter.c.used + counter.c.reserved + total <= limit)
         .values(reserved=counter.c.reserved + total)
     )
-    return added.rowcount == 1
+    if (await connection.execute(added)).rowcount == 1:
+        return True
+    zero = {"user_id": held.user_id, "kind": held.kind, "period": held.period, "used": 0, "reserved": 0}
+    first = await insert_if_absent(connection, counter, zero)
+    return first and (await connection.execute(added)).rowcount == 1
 
 
 async def _move(

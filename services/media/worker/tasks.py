@@ -98,6 +98,7 @@ class Worker:
         self._draining = False
         self._working: set[asyncio.Task[None]] = set()
         self._permits = 0  # in hand, waiting for a slot
+        self._promising: set[str] = set()  # pools that had more when they were last asked
         self._completed = Together(partial(completed, tasks), at_most=COMPLETED_TOGETHER)
         self._free: asyncio.Queue[Slot | None] = asyncio.Queue()  # None wakes who waits for a slot when draining
         for slot in slots:
@@ -155,6 +156,7 @@ class Worker:
             for pool in pools:
                 sent_at = time.monotonic()
                 claim = await self._tasks.ClaimTask(task_pb2.ClaimTaskRequest(pool=pool, worker_id=self._worker_id))
+                (self._promising.add if claim.more else self._promising.discard)(pool)
                 if claim.HasField("assignment"):
                     crash.point("worker: claimed")
                     lease = Lease(claim.assignment, sent_at)
@@ -174,11 +176,12 @@ class Worker:
 
         The pool whose task has just ended is asked first: it is likelier to have another.
         """
-        if self._permits or self._draining:
+        pools = sorted(self._promising, key=lambda each: each != pool)
+        if self._permits or self._draining or not pools:
             self._free.put_nowait(slot)
             return
         with contextlib.suppress(Unavailable):  # the next permit tries again
-            await self._fill(slot, [pool, *(each for each in self._pools if each != pool)])
+            await self._fill(slot, pools)
 
     async def _drain(self) -> None:
         if self._working:

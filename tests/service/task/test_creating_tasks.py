@@ -133,7 +133,8 @@ async def test_of_tasks_that_are_created_at_once_one_that_is_refused_stops_no_ot
 
     assert (again, repeated) == (before, third)
     assert str(refused_) == "too late"
-    assert [task.turn for task in (before, second, third, strangers)] == [0, 4, 8, 0]
+    assert before.turn < second.turn < third.turn
+    assert before.turn == strangers.turn == 0
     assert sorted(task.task_id for task in await everything(replica)) == ["tsk_0", "tsk_2", "tsk_3"]
     assert [len(history.events) for history in await replica.tasks.histories(["tsk_3", "tsk_4"])] == [1, 1]
 

@@ -46,7 +46,9 @@ async def queue(replica: Replica, user: str, count: int, role: str = "ROLE_USER"
 async def claims(replica: Replica, count: int) -> list[Task]:
     """Claim one after the other."""
     return [
-        task for _ in range(count) for task in await replica.tasks.claim("cpu", 1, partial(domain.claimed, terms=HOUR))
+        task
+        for _ in range(count)
+        for task in (await replica.tasks.claim("cpu", 1, partial(domain.claimed, terms=HOUR))).tasks
     ]
 
 

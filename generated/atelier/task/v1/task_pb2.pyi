@@ -1104,6 +1104,9 @@ class ClaimTaskResponse(_message.Message):
 
     ASSIGNMENT_FIELD_NUMBER: _builtins.int
     OTHERS_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    more: _builtins.bool
+    """Whether more was due: then claim again once there is room. Else a permit will come."""
     @_builtins.property
     def assignment(self) -> Global___ClaimTaskResponse.Assignment:
         """The first; not set when there is nothing to do."""
@@ -1117,10 +1120,11 @@ class ClaimTaskResponse(_message.Message):
         *,
         assignment: Global___ClaimTaskResponse.Assignment | None = ...,
         others: _abc.Iterable[Global___ClaimTaskResponse.Assignment] | None = ...,
+        more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "others", b"others"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "more", b"more", "others", b"others"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
