@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, suppress
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from select import POLLIN, poll
 from typing import Any
@@ -25,6 +26,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Dialect,
+    Executable,
     Table,
     delete,
     event,
@@ -41,6 +43,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError, Opera
 from sqlalchemy.exc import TimeoutError as NoFreeConnection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from mesh import interruption
@@ -112,7 +115,7 @@ class Timestamp(TypeDecorator[datetime]):
         return None if value is None else _EPOCH + value * _MICROSECOND
 
 
-class _Clock(ColumnElement[int]):
+class _Clock(FunctionElement[int]):
     """Microseconds since 1970."""
 
     type = BigInteger()
@@ -259,9 +262,12 @@ def clock(later: timedelta = timedelta(0)) -> ColumnElement[datetime]:
     return type_coerce(_Clock() + literal_column(str(later // _MICROSECOND)), Timestamp)
 
 
+_ASK_CLOCK = select(clock())
+
+
 async def now(connection: AsyncConnection) -> datetime:
     """Return what `clock` says, aware, UTC. Where an expression will do, it spares this round trip."""
-    time: datetime = (await connection.execute(select(clock()))).scalar_one()
+    time: datetime = (await connection.execute(_ASK_CLOCK)).scalar_one()
     return time
 
 
@@ -288,8 +294,14 @@ async def insert_absent(
     """Insert those of `rows` whose unique keys are not there already; return their values of `key`."""
     if not rows:
         return set()
-    statement = insert(connection, table).on_conflict_do_nothing().returning(key)
-    return set((await connection.execute(statement, rows)).scalars())
+    return set((await connection.execute(_insert_absent(connection.dialect.name, table, key), rows)).scalars())
+
+
+@lru_cache
+def _insert_absent(dialect: str, table: Table, key: Column[Any]) -> Executable:
+    # Made once: making a statement costs as much as sending it.
+    statement = (postgresql.insert if dialect == "postgresql" else sqlite.insert)(table)
+    return statement.on_conflict_do_nothing().returning(key)
 
 
 async def delete_some(connection: AsyncConnection, table: Table, old: ColumnElement[bool], *, at_most: int) -> bool:

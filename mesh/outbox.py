@@ -137,6 +137,11 @@ class Outbox:
         self._database = database
         self._table = table
         self._lease = lease
+        self._hold = (  # made once: making it costs as much as sending it
+            insert(table)
+            .values(claimed_until=clock(lease))
+            .returning(table.c.position, table.c.message_id, _has_earlier_of_others(table).label("has_earlier"))
+        )
         self._relaying = False
         self._holder = ids.new("obx")  # another one whenever what it holds can no longer be sent in order
         self._held: dict[int, _Held] = {}
@@ -166,11 +171,7 @@ class Outbox:
             when_ended(connection, lambda _: self._look_within(0))
             return
         holder, until = self._holder, self._end_of_lease()
-        claimed = insert(self._table).values(claimed_until=clock(self._lease))
-        told = claimed.returning(
-            self._table.c.position, self._table.c.message_id, _has_earlier_of_others(self._table).label("has_earlier")
-        )
-        added = (await connection.execute(told, [{**row, "holder": holder} for row in rows])).all()
+        added = (await connection.execute(self._hold, [{**row, "holder": holder} for row in rows])).all()
         by_id = {message.message_id: message for message in messages}
         held = [row.position for row in added if not row.has_earlier]
         behind = [row.position for row in added if row.has_earlier]

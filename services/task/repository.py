@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import (
+    BindParameter,
     Column,
     ColumnElement,
     LargeBinary,
@@ -77,7 +78,21 @@ TOGETHER = 100  # in one transaction
 _MICROSECOND = timedelta(microseconds=1)
 # Change between events, too.
 _UNTOLD = frozenset({"progress_fraction", "progress_stage", "lease_time", "update_time"})
+# Made once, as all that is sent for each task: making a statement costs as much as sending it.
 _UPDATE = update(task_table).where(task_table.c.task_id == bindparam("key"))
+_INSERT_EVENT = insert(event_table)
+# In one order, so that two who lock the same ones wait for each other and do not meet crosswise.
+_LOCK = (
+    select(task_table)
+    .where(task_table.c.task_id.in_(bindparam("task_ids", expanding=True)))
+    .order_by(task_table.c.task_id)
+    .with_for_update()
+)
+_LOCK_TURNS = (
+    select(taking_turns)
+    .where(taking_turns.c.pool == bindparam("pool"), taking_turns.c.user_id == bindparam("user_id"))
+    .with_for_update()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,7 +428,7 @@ class SqlTasks:
         told = [(task, each) for task, each in pairs if task is None or each.task.sequence != task.sequence]
         if told:
             changes = [each for _, each in told]
-            await connection.execute(insert(event_table), [_event_columns(*each) for each in told])
+            await connection.execute(_INSERT_EVENT, [_event_columns(*each) for each in told])
             await self._outbox.add(connection, *(self._encode(n) for each in changes for n in each.notices))
             await self._owe(connection, [each.task for each in changes if each.task.state.ended])
 
@@ -480,9 +495,8 @@ async def _locked(connection: AsyncConnection, task_id: str) -> Task | None:
 
 
 async def _locked_together(connection: AsyncConnection, task_ids: Iterable[str]) -> dict[str, Task]:
-    # In one order, so that two who lock the same ones wait for each other and do not meet crosswise.
-    found = select(task_table).where(task_table.c.task_id.in_(task_ids)).order_by(task_table.c.task_id)
-    return {row.task_id: _task(row) for row in await connection.execute(found.with_for_update())}
+    found = await connection.execute(_LOCK, {"task_ids": [*task_ids]})
+    return {row.task_id: _task(row) for row in found}
 
 
 async def _batch(connection: AsyncConnection, batch_id: str) -> Batch | None:
@@ -504,6 +518,22 @@ async def _batch(connection: AsyncConnection, batch_id: str) -> Batch | None:
     return Batch(batch_id, row.user_id, row.create_time, row.size, states, done / row.size)
 
 
+def _latest_turns() -> Select[Any]:
+    """Return what finds the turn that a pool has come to, and the latest of a user's in it."""
+    in_pool = task_table.c.pool == bindparam("pool")
+    turn = select(task_table.c.turn)
+    # The pool has come to the next turn of what nobody has claimed yet: unlike that of a task which comes back from a
+    # worker, it never goes back. When all has been claimed, whoever comes now comes after it.
+    never_claimed = turn.where(in_pool, QUEUED, task_table.c.start_time.is_(None)).order_by(task_table.c.turn).limit(1)
+    latest = select(func.max(task_table.c.turn)).where(in_pool, UNENDED)
+    of_user = turn.where(in_pool, UNENDED, task_table.c.user_id == bindparam("user_id"))
+    present = func.coalesce(never_claimed.scalar_subquery(), latest.scalar_subquery(), 0)  # the second only if needed
+    return select(present, of_user.order_by(task_table.c.turn.desc()).limit(1).scalar_subquery())
+
+
+_LATEST_TURNS = _latest_turns()
+
+
 async def _all_in_turn(connection: AsyncConnection, changes: Iterable[Change]) -> list[Change]:
     """Give tasks that several owners queue now their places."""
     groups: defaultdict[tuple[str, str, str], list[Change]] = defaultdict(list)
@@ -516,21 +546,11 @@ async def _all_in_turn(connection: AsyncConnection, changes: Iterable[Change]) -
 async def _in_turn(connection: AsyncConnection, changes: Sequence[Change]) -> list[Change]:
     """Give tasks that one owner queues now their places in the pool."""
     first = changes[0].task
-    mine = (taking_turns.c.pool == first.pool) & (taking_turns.c.user_id == first.user_id)
-    row = select(taking_turns).where(mine).with_for_update()
-    if (await connection.execute(row)).first() is None:
-        await insert_if_absent(connection, taking_turns, {"pool": first.pool, "user_id": first.user_id})
-        await connection.execute(row)
-
-    in_pool = task_table.c.pool == first.pool
-    turn = select(task_table.c.turn)
-    # The pool has come to the next turn of what nobody has claimed yet: unlike that of a task which comes back from a
-    # worker, it never goes back. When all has been claimed, whoever comes now comes after it.
-    never_claimed = turn.where(in_pool, QUEUED, task_table.c.start_time.is_(None)).order_by(task_table.c.turn).limit(1)
-    latest = select(func.max(task_table.c.turn)).where(in_pool, UNENDED)
-    of_user = turn.where(in_pool, UNENDED, task_table.c.user_id == first.user_id).order_by(task_table.c.turn.desc())
-    present = func.coalesce(never_claimed.scalar_subquery(), latest.scalar_subquery(), 0)  # the second only if needed
-    found = (await connection.execute(select(present, of_user.limit(1).scalar_subquery()))).one()
+    mine = {"pool": first.pool, "user_id": first.user_id}
+    if (await connection.execute(_LOCK_TURNS, mine)).first() is None:
+        await insert_if_absent(connection, taking_turns, mine)
+        await connection.execute(_LOCK_TURNS, mine)
+    found = (await connection.execute(_LATEST_TURNS, mine)).one()
     given = turns(first.role, present=found[0], last=found[1], count=len(changes))
     return [replace(each, task=replace(each.task, turn=own)) for each, own in zip(changes, given, strict=True)]
 
@@ -540,20 +560,29 @@ async def _next(connection: AsyncConnection, pool: str, count: int) -> Sequence[
 
     Each row says too what time it is (`now`), and how many were due (`waiting`), counted up to one more than `count`.
     """
-    due = _due(pool, clock())
-    waiting = select(func.count()).select_from(select(task_table.c.task_id).where(*due).limit(count + 1).subquery())
-    found = (
-        select(task_table, clock().label("now"), waiting.scalar_subquery().label("waiting"))
+    wanted = {"pool": pool, "count": count, "count_and_one": count + 1}
+    rows: Sequence[Row[Any]] = (await connection.execute(_NEXT, wanted)).all()
+    return rows
+
+
+def _due(pool: str | BindParameter[str], time: ColumnElement[datetime]) -> tuple[ColumnElement[bool] | TextClause, ...]:
+    return (task_table.c.pool == pool, QUEUED, task_table.c.due_time <= time)
+
+
+def _next_due() -> Select[Any]:
+    due = _due(bindparam("pool"), clock())
+    some = select(task_table.c.task_id).where(*due).limit(bindparam("count_and_one")).subquery()
+    waiting = select(func.count()).select_from(some).scalar_subquery()
+    return (
+        select(task_table, clock().label("now"), waiting.label("waiting"))
         .where(*due)
         .order_by(task_table.c.turn, task_table.c.task_id)
-        .limit(count)
+        .limit(bindparam("count"))
         .with_for_update(skip_locked=True)
     )
-    return (await connection.execute(found)).all()
 
 
-def _due(pool: str, time: ColumnElement[datetime]) -> tuple[ColumnElement[bool] | TextClause, ...]:
-    return (task_table.c.pool == pool, QUEUED, task_table.c.due_time <= time)
+_NEXT = _next_due()
 
 
 def _among(query: Select[Any], table: Any, task_ids: Sequence[str]) -> Select[Any]:
