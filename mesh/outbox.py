@@ -52,6 +52,7 @@ BATCH = 500
 TOGETHER = 100  # messages that leave as one
 HELD = 2000  # messages in memory: two of the largest batches
 LEASE = timedelta(seconds=5)  # how long the messages of a killed replica wait for another; many times a batch's time
+REST_SECONDS = 0.02  # after little was sent
 POLL_SECONDS = 1.0  # finds what a killed replica left behind; everything else leaves at once
 SOON_SECONDS = 0.1  # another replica has sent what it holds, and deleted its row
 TIDY_SECONDS = 0.05  # rows of what was sent in this time are deleted together; after a crash they are sent again
@@ -199,7 +200,9 @@ class Outbox:
                     await asyncio.sleep(delay)
                     continue
                 failures = 0
-                if not found:
+                if 0 < found < TOGETHER:
+                    await asyncio.sleep(REST_SECONDS)  # what comes meanwhile leaves together
+                elif not found:
                     with suppress(TimeoutError):
                         async with asyncio.timeout_at(min(self._look_time, self._tidy_time)):
                             await self._woken.wait()
@@ -208,8 +211,8 @@ class Outbox:
             self._let_go()
             await self._settle()
 
-    async def _relay_some(self, publisher: Publisher) -> bool:
-        """Publish what can go; return whether there was anything."""
+    async def _relay_some(self, publisher: Publisher) -> int:
+        """Publish what can go; return how much that was."""
         time = asyncio.get_running_loop().time()
         if time >= self._look_time:
             full = await self._claim()
@@ -228,7 +231,7 @@ class Outbox:
                 raise
         if time >= self._tidy_time or len(self._sent) >= BATCH or self._stale():
             await self._settle()
-        return bool(due)
+        return len(due)
 
     async def _publish(self, publisher: Publisher, due: Mapping[int, Message]) -> None:
         unroutable: set[int] = set()

@@ -75,6 +75,7 @@ from services.task.webhooks import (
 )
 
 TOGETHER = 100  # in one transaction
+REST_SECONDS = 0.01  # after one, in which the next gathers
 _MICROSECOND = timedelta(microseconds=1)
 # Change between events, too.
 _UNTOLD = frozenset({"progress_fraction", "progress_stage", "lease_time", "update_time"})
@@ -83,7 +84,7 @@ _UPDATE = update(task_table).where(task_table.c.task_id == bindparam("key"))
 _INSERT_EVENT = insert(event_table)
 # In one order, so that two who lock the same ones wait for each other and do not meet crosswise.
 _LOCK = (
-    select(task_table)
+    select(task_table, clock().label("now"))
     .where(task_table.c.task_id.in_(bindparam("task_ids", expanding=True)))
     .order_by(task_table.c.task_id)
     .with_for_update()
@@ -133,9 +134,11 @@ class SqlTasks:
         self._encode = encode
         self._hook_body = hook_body
         self._listeners: tuple[Callable[[str], None], ...] = ()
-        self._adopted = Together[idempotency.Request, idempotency.Adopted](self._adopt_together, at_most=TOGETHER)
-        self._added = Together[_New, Task](self._add_together, at_most=TOGETHER)
-        self._changed = Together[_Wanted, Task](self._change_together, at_most=TOGETHER)
+        self._adopted = Together[idempotency.Request, idempotency.Adopted](
+            self._adopt_together, at_most=TOGETHER, rest_seconds=REST_SECONDS
+        )
+        self._added = Together[_New, Task](self._add_together, at_most=TOGETHER, rest_seconds=REST_SECONDS)
+        self._changed = Together[_Wanted, Task](self._change_together, at_most=TOGETHER, rest_seconds=REST_SECONDS)
 
     def after_commit(self, *listeners: Callable[[str], None]) -> None:
         """Call each of `listeners` with a task's id after every change of it from now on."""
@@ -387,7 +390,7 @@ class SqlTasks:
             tasks = {each.task.task_id: each.task for each in new}
             # What another call with the same key has stored is ours.
             if others := {each.task_id for each in wanted} - stored:
-                tasks |= await _locked_together(connection, others)
+                tasks |= (await _locked_together(connection, others))[0]
         crash.point("create: committed")
         for change in new:
             self._committed(change.task.task_id)
@@ -397,7 +400,7 @@ class SqlTasks:
         """Take each step that is wanted, whatever becomes of the others; return the tasks after it, or why not."""
         outcomes: list[Task | Exception] = []
         async with self._database.transaction() as connection:
-            tasks, time = await _locked_together(connection, {each.task_id for each in wanted}), await now(connection)
+            tasks, time = await _locked_together(connection, {each.task_id for each in wanted})
             first, news = dict(tasks), dict[str, tuple[Task, Change]]()
             for each in wanted:
                 if each.task_id in news:  # a second step with one task: its event follows the first one's
@@ -494,9 +497,13 @@ async def _locked(connection: AsyncConnection, task_id: str) -> Task | None:
     return None if row is None else _task(row)
 
 
-async def _locked_together(connection: AsyncConnection, task_ids: Iterable[str]) -> dict[str, Task]:
-    found = await connection.execute(_LOCK, {"task_ids": [*task_ids]})
-    return {row.task_id: _task(row) for row in found}
+async def _locked_together(connection: AsyncConnection, task_ids: Iterable[str]) -> tuple[dict[str, Task], datetime]:
+    """Return those of the tasks that exist, locked, and the time."""
+    rows = (await connection.execute(_LOCK, {"task_ids": [*task_ids]})).all()
+    tasks = {row.task_id: _task(row) for row in rows}
+    # Asked before the wait for the locks: not before what those did who held them.
+    time = max([rows[0].now, *(each.update_time for each in tasks.values())]) if rows else await now(connection)
+    return tasks, time
 
 
 async def _batch(connection: AsyncConnection, batch_id: str) -> Batch | None:

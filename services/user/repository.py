@@ -79,6 +79,9 @@ ASKED_AT_ONCE = 100
 RESERVED_TOGETHER = 100
 """Calls whose reservations are made in one transaction."""
 
+REST_SECONDS = 0.01
+"""After one, in which the next gathers."""
+
 _UPDATE_RESERVATION = update(reservation).where(reservation.c.reservation_id == bindparam("key"))
 
 
@@ -183,7 +186,9 @@ class SqlQuotas:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._reserved = Together[_Wanted, list[Reservation]](self._reserve_together, at_most=RESERVED_TOGETHER)
+        self._reserved = Together[_Wanted, list[Reservation]](
+            self._reserve_together, at_most=RESERVED_TOGETHER, rest_seconds=REST_SECONDS
+        )
 
     async def usage(self, user_id: str, now: datetime) -> Mapping[Kind, Usage]:
         async with self._database.reading() as connection:
