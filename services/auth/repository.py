@@ -46,7 +46,7 @@ class SqlSessions:
             .join(refresh_token, refresh_token.c.session_id == session_table.c.session_id)
             .where(refresh_token.c.token_hash == token_hash)
         )
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             row = (await connection.execute(found)).one_or_none()
         return None if row is None else Session(**row._mapping)  # noqa: SLF001 - public in spite of its name
 
@@ -95,7 +95,7 @@ class SqlRevocations:
             await _refuse(connection, [revocation], now)
 
     async def version(self) -> object:
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             # The sum as well: one that is not the last to expire may come as another goes. A sum of remainders, since
             # SQLite's have 63 bits; those that trade places expire less than 2^31 microseconds apart.
             expiry = type_coerce(revocation_table.c.expire_time, BigInteger)
@@ -103,7 +103,7 @@ class SqlRevocations:
             return tuple((await connection.execute(counted)).one())
 
     async def all(self) -> list[Revocation]:
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             rows = await connection.execute(select(revocation_table))
             return [Revocation(*row) for row in rows]
 
@@ -115,7 +115,7 @@ class SqlKeys:
         self._database = database
 
     async def all(self) -> list[SigningKey]:
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             rows = await connection.execute(select(signing_key).order_by(signing_key.c.number))
             return [SigningKey(**row._mapping) for row in rows]  # noqa: SLF001 - public in spite of its name
 

@@ -39,7 +39,7 @@ class SqlWebhooks:
         self._database = database
 
     async def find(self, user_id: str) -> Webhook | None:
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             return (await _webhooks(connection, [user_id])).get(user_id)
 
     async def ensure(self, user_id: str, new_secret: str) -> None:

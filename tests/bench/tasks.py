@@ -39,6 +39,7 @@ from tests.photographs import photograph
 WORKERS = 2  # processes
 IN_HAND = 100  # tasks of a worker of ours at a time
 CLAIMED_TOGETHER = 50
+REST_SECONDS = 0.02
 THREADS = 4  # of a worker process of Dramatiq
 BATCH = 1000
 JOBS = {"no-op": 0.0, "5 ms": 0.005}
@@ -84,6 +85,7 @@ class NoOps:
                     permit.set_result(None)
                 while more:
                     more = await self._claim(group)
+                await asyncio.sleep(REST_SECONDS)  # what comes meanwhile is claimed together
 
     async def _claim(self, group: asyncio.TaskGroup) -> bool:
         """Do what can be claimed; tell whether there may be more."""

@@ -31,7 +31,7 @@ RENEW_SECONDS = 1.0  # also how soon a cancelled task is noticed
 RENEW_AT_MOST_EVERY_SECONDS = 0.5
 RETRY_SECONDS = 0.3
 COMPLETED_TOGETHER = 100
-COMPLETED_REST_SECONDS = 0.02
+COMPLETED_REST_SECONDS = 0.05
 # Shares of the bar: most of a task's time is the operation itself.
 DOWNLOADED, PROCESSED = 0.1, 0.9
 
