@@ -130,6 +130,19 @@ def build(kind: FieldDescriptor, values: Mapping[str, Any]) -> Operation:
     return operation
 
 
+def without_format(operation: Operation) -> Iterator[Any]:
+    """Yield those of several results, e.g. the sizes of thumbnails, that do not say their format."""
+    kind = operation.DESCRIPTOR.fields_by_name[operation.WhichOneof("kind") or ""]
+    for parameter in parameters(kind.message_type):
+        entry = parameter.field.message_type
+        named = entry and entry.fields_by_name.get("format")
+        if parameter.field.is_repeated and named and named.enum_type is _FORMAT:
+            several: Any = getattr(operation, kind.name)
+            for field in parameter.path:
+                several = getattr(several, field.name)
+            yield from (each for each in several if not each.format)
+
+
 def _type(field: FieldDescriptor, bounds: policy_pb2.Bounds) -> click.ParamType[Any]:
     low = bounds.min if bounds.HasField("min") else None
     high = bounds.max if bounds.HasField("max") else None

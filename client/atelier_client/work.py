@@ -110,19 +110,20 @@ def _runner(kind: FieldDescriptor) -> click.Command:
         limit = None if deadline is None else timedelta(seconds=deadline)
         if webhook and not detach:
             raise click.UsageError("--webhook goes with --detach: who waits hears of the end here.")
+        named = Path(output) if output and output != STANDARD and len(sources) == 1 else None  # a file of a format
         if len(sources) > 1:
             _require_folder(sources, output, detach)
         else:
             _require_output(output, detach)
-            values = _with_format(known, values, output)
+            values = _with_format(known, values, named)
         marks = {parameter.name: values[parameter.name] for parameter in known if parameter.bounds.file}
         marks = {name: mark for name, mark in marks.items() if mark}
         for path in (*sources, *marks.values()):
             _require_source(path)
-        operations.build(kind, values)  # before anything is sent: it refuses what is incomplete
+        _built(kind, values, named)  # before anything is sent: it refuses what is incomplete
         with Steps(shell) as steps:
             sent = {name: (await _on_server(atelier, mark, steps)).file_id for name, mark in marks.items()}
-            operation = operations.build(kind, {**values, **sent})
+            operation = _built(kind, {**values, **sent}, named)
             files = [await _on_server(atelier, source, steps) for source in sources]
             if len(files) > 1:
                 folder = None if detach else output
@@ -157,7 +158,8 @@ def _runner(kind: FieldDescriptor) -> click.Command:
                 ["-o", "--output"],
                 metavar="PATH",
                 help="Where the result goes; - is standard output. Its extension gives the format, or --format does. "
-                "Of several files, the folder where the results go, by the files' names. Several results are numbered.",
+                "Of several files, the folder where the results go, by the files' names. Several results are numbered: "
+                "for small.webp they are small-1.webp and small-2.webp.",
             ),
             click.Option(
                 ["--deadline"],
@@ -238,8 +240,17 @@ for _kind in operations.KINDS:
     run.add_command(_runner(_kind))
 
 
-def _with_format(known: list[operations.Parameter], values: Mapping[str, Any], output: str | None) -> dict[str, Any]:
-    """Return the options' values with the format that the output's extension says, where none was given."""
+def _built(kind: FieldDescriptor, values: Mapping[str, Any], named: Path | None) -> Operation:
+    """Return the operation that the options' values say, each of several results in the format of the output's name."""
+    operation = operations.build(kind, values)
+    if named is not None:
+        for result in operations.without_format(operation):
+            result.format = operations.format_of(named) or 0
+    return operation
+
+
+def _with_format(known: list[operations.Parameter], values: Mapping[str, Any], named: Path | None) -> dict[str, Any]:
+    """Return the options' values with the format that the output's name says, where none was given."""
     chosen = {each.path[0] for each in known if len(each.path) > 1 and values[each.name] not in (None, ())}
     lacking = [
         each.name
@@ -249,9 +260,9 @@ def _with_format(known: list[operations.Parameter], values: Mapping[str, Any], o
         # Of several ways to end, e.g. a pipeline's, that which was chosen, or the one that needs nothing but a format.
         and (len(each.path) == 1 or each.path[0] in chosen or (not chosen and each.name == each.path[0].name))
     ]
-    if output is None or output == STANDARD or not lacking:
+    if named is None or not lacking:
         return dict(values)
-    return {**values, **dict.fromkeys(lacking, operations.format_of(Path(output)))}
+    return {**values, **dict.fromkeys(lacking, operations.format_of(named))}
 
 
 async def _finished(

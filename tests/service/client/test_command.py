@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from atelier.media.v1.media_pb2 import FORMAT_WEBP
+from atelier.media.v1.media_pb2 import FORMAT_PNG, FORMAT_WEBP
 from atelier.task.v1.task_pb2 import Task
 
 from tests.eventually import eventually
@@ -184,6 +184,28 @@ async def test_several_results_are_numbered_beside_each_other(person: Person, in
     assert [(person.folder / f"small-{n}.webp").read_bytes() for n in (1, 2)] == [RESULT, RESULT]
     assert [each.width for each in installation.tasks["tsk_1"].operation.thumbnails.sizes] == [8, 9]
     assert (refused, "There are 2 results" in complaint) == (2, True)
+
+
+async def test_an_extension_says_the_format_of_each_of_several_results_that_has_none(
+    person: Person, installation: Installation
+) -> None:
+    photo(person)
+    await person.registers()
+    sizes = ['{"width": 8}', '{"width": 9, "format": "FORMAT_PNG"}']
+    steps = ("--steps", '{"resize": {"width": 8}}')
+
+    await person.types("run", "thumbnails", "photo.jpg", *_each("--sizes", sizes), "-o", "small.webp")
+    await person.types("run", "pipeline", "photo.jpg", *steps, *_each("--thumbnails", sizes), "-o", "small.webp")
+    unknown, _, complaint = await person.types("run", "thumbnails", "photo.jpg", "--sizes", sizes[0], "-o", "small.bmp")
+
+    alone, ended = (installation.tasks[task_id].operation for task_id in ("tsk_1", "tsk_2"))
+    assert [each.format for each in alone.thumbnails.sizes] == [FORMAT_WEBP, FORMAT_PNG]
+    assert [each.format for each in ended.pipeline.thumbnails.sizes] == [FORMAT_WEBP, FORMAT_PNG]
+    assert (unknown, "No format goes by .bmp" in complaint, len(installation.tasks)) == (2, True, 2)
+
+
+def _each(option: str, values: list[str]) -> list[str]:
+    return [word for value in values for word in (option, value)]
 
 
 async def test_an_extension_says_the_format_of_the_end_that_was_chosen(
