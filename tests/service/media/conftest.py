@@ -21,7 +21,7 @@ from atelier.task.v1 import task_pb2, task_pb2_grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import status_pb2
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from mesh import status
 from mesh.broker import Delivery
@@ -35,6 +35,7 @@ from tests.mesh_server import Server, serving
 from tests.models import worker_config
 
 LEASE_SECONDS = 3.0
+PIECES = 20
 # Some ten seconds of work: a photograph made 36 megapixels and an AVIF.
 LONG = media_pb2.Operation(
     resize=media_pb2.Resize(width=6000, fit=media_pb2.Resize.FIT_FIT, format=media_pb2.FORMAT_AVIF)
@@ -146,13 +147,19 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
         self.reads.append(request.headers["x-atelier-capability"])
         if self.away:
             raise Unavailable("Away.")
-        await asyncio.sleep(self.delay_seconds)
         file_id = request.path_params["file_id"]
         if file_id not in self.inputs:
             raise FileNotFound(f"There is no file {file_id}.", metadata={"file_id": file_id})
         name, content = self.inputs[file_id]
         disposition = f"inline; filename=\"_\"; filename*=UTF-8''{quote(name)}"
-        return Response(content, headers={"content-disposition": disposition})
+        return StreamingResponse(self._trickling(content), headers={"content-disposition": disposition})
+
+    async def _trickling(self, content: bytes) -> AsyncIterator[bytes]:
+        """Yield a content in pieces, within `delay_seconds`: one that says nothing for long is given up."""
+        step = 1 + len(content) // PIECES
+        for start in range(0, len(content), step):
+            await asyncio.sleep(self.delay_seconds / PIECES)
+            yield content[start : start + step]
 
     async def write(self, request: Request) -> Response:
         content = await request.body()

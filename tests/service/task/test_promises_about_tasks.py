@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -31,11 +32,11 @@ from tests.databases import NewDatabase, on_sqlite
 from tests.eventually import eventually
 from tests.service.task.conftest import OWNER, PHOTO, Replica, Start, refused
 
-pytestmark = pytest.mark.timeout(240)
-
 CLOCK = SystemClock()
-KILLS = 20
+KILLS = int(os.environ.get("ATELIER_TEST_KILLS", "20"))
 MANY = 1000
+
+pytestmark = pytest.mark.timeout(240 + 2 * KILLS)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,7 @@ async def test_what_was_committed_before_its_process_was_killed_reaches_a_worker
     committed = output.decode().split()
     worker = Worker(replica)
     async with background(lambda: worker.run(bus), partial(replica.outbox.relay, bus)):
-        await eventually(lambda: len(worker.done) == KILLS, within_seconds=60)
+        await eventually(lambda: len(worker.done) == KILLS, within_seconds=60 + KILLS)
 
     assert (dying.returncode, len(committed)) == (0, KILLS)
     assert sorted(worker.done) == sorted(committed)
