@@ -437,10 +437,19 @@ def canonical(operation: Work, contents: Mapping[str, str]) -> str:
     return json.dumps(_plain(operation, contents), sort_keys=True, separators=(",", ":"))
 
 
-def models_used(canonical_operation: str, models: Iterable[Model]) -> str:
-    """Return the names, versions and weights of the models that serve what stands in `canonical(operation)`."""
+def models_used(canonical_operation: str, models: Iterable[Model], face_detector: str) -> str:
+    """Return the names, versions and weights of the models that serve what stands in `canonical(operation)`.
+
+    Args:
+        canonical_operation: may name several.
+        models: those that are there.
+        face_detector: what finds faces here, empty for nothing: then the same operation gives something else.
+    """
     used = [each for each in models if f'"operation":"{_camel(each.operation)}"' in canonical_operation]
-    return ", ".join(f"{each.name} {each.version} {each.sha256[:16]}" for each in used)
+    names = [f"{each.name} {each.version} {each.sha256[:16]}" for each in used]
+    if face_detector and f'"interest":"{Interest.FACES.name}"' in canonical_operation:
+        names.append(face_detector)
+    return ", ".join(names)
 
 
 def work_key(*parts: str) -> str:

@@ -21,7 +21,7 @@ from mesh.together import Together
 from services.media.convert import operation_from
 from services.media.domain import Model, Work, canonical, models_used, result_name
 from services.media.peers import Storage
-from services.media.processes import ENCODER, Slot
+from services.media.processes import ENCODER, FACE_DETECTOR, Slot
 from services.media.worker.capacity import CPU, GPU
 from services.media.worker.results import Results, work_json
 
@@ -85,6 +85,7 @@ class Worker:
         *,
         pools: Sequence[str],
         models: Sequence[Model] = (),
+        face_detector: str = FACE_DETECTOR,
         worker_id: str,
         drain_seconds: float,
     ) -> None:
@@ -94,6 +95,7 @@ class Worker:
         self._storage = storage
         self._pools = pools
         self._models = models
+        self._face_detector = face_detector
         self._worker_id = worker_id
         self._drain_seconds = drain_seconds
         self._draining = False
@@ -251,7 +253,7 @@ class Worker:
             input_file_ids=[task.input_file_id, *others],
             operation=said,
             encoder=ENCODER,
-            model=models_used(said, self._models),
+            model=models_used(said, self._models, self._face_detector),
         )
         async with self._made.taken(work, capability) as file_ids:
             return file_ids or await self._make(assignment, operation, work, slot, progress)

@@ -34,6 +34,11 @@ LARGE = media_pb2.Operation(
 )
 
 
+BY_FACES = media_pb2.Operation(
+    smart_crop=media_pb2.SmartCrop(width=40, height=40, interest=media_pb2.SmartCrop.INTEREST_FACES)
+)
+
+
 class Tasks(conftest.Tasks):
     """Gives capabilities that storage believes."""
 
@@ -59,6 +64,14 @@ class House:
         self.tasks = tasks
         self.permits = permits
         self.slots: list[processes.Slot] = []
+        self.running: list[asyncio.Task[None]] = []
+
+    async def stop(self) -> None:
+        """Stop the workers."""
+        for each in self.running:
+            each.cancel()
+        if self.running:
+            await asyncio.wait(self.running)
 
     @property
     def jobs(self) -> int:
@@ -94,8 +107,8 @@ async def start(tmp_path: Path, sqlite_databases: SqliteDatabases) -> AsyncItera
         house = House(files, tasks, Permits())
         server = await hold(serving(partial(task_pb2_grpc.add_TaskServiceServicer_to_server, tasks)))
 
-        async def started(workers: int = 1) -> House:
-            for number in range(workers):
+        async def started(workers: int = 1, **settings: str) -> House:
+            for number in range(len(house.slots), len(house.slots) + workers):
                 config = WorkerConfig.model_validate(
                     {
                         "ATELIER_CONSUL_URL": "", "ATELIER_BROKER_URL": "", "ATELIER_CONTROL_ADDRESSES": "",
@@ -114,17 +127,13 @@ async def start(tmp_path: Path, sqlite_databases: SqliteDatabases) -> AsyncItera
                     pools=[CPU],
                     worker_id=config.instance,
                     drain_seconds=0.3,
+                    **settings,
                 )
-                running = asyncio.create_task(worker.run(house.permits))
-                stack.push_async_callback(ended, running)
+                house.running.append(asyncio.create_task(worker.run(house.permits)))
+                stack.push_async_callback(house.stop)
             return house
 
         yield started
-
-
-async def ended(running: asyncio.Task[None]) -> None:
-    running.cancel()
-    await asyncio.wait([running])
 
 
 async def test_the_same_task_again_decodes_nothing_and_is_charged_as_the_first(start: Start):
@@ -168,6 +177,21 @@ async def test_a_default_that_is_said_is_the_same_work_and_another_value_is_not(
     await house.result(house.do(file_id, said))
 
     assert (once, house.jobs) == (1, 2)
+
+
+async def test_a_crop_by_faces_of_a_worker_that_finds_none_is_other_work(start: Start):
+    house = await start(face_detector="")
+    file_id = await house.put()
+    without = await house.result(house.do(file_id, BY_FACES))
+    await house.result(house.do(file_id, SHORT))
+    await house.stop()
+
+    await start()
+    found = await house.result(house.do(file_id, BY_FACES))
+    await house.result(house.do(file_id, SHORT))
+
+    assert (house.jobs, without.provenance.model) == (3, "")  # what has no faces to find was done once
+    assert found.provenance.model == processes.FACE_DETECTOR
 
 
 async def test_two_workers_at_once_decode_once(start: Start):

@@ -75,5 +75,19 @@ def test_the_models_of_the_operations_at_hand_are_part_of_the_work() -> None:
     )  # fmt: skip
     other = dataclasses.replace(model, operation="upscale", name="other")
 
-    assert domain.models_used(said, [model, other]) == "net 1 aaaaaaaaaaaaaaaa"
-    assert domain.models_used(canonical(domain.Resize(width=1), {}), [model]) == ""
+    assert domain.models_used(said, [model, other], "opencv 4") == "net 1 aaaaaaaaaaaaaaaa"
+    assert domain.models_used(canonical(domain.Resize(width=1), {}), [model], "opencv 4") == ""
+
+
+def test_what_finds_faces_is_part_of_a_crop_by_faces() -> None:
+    step = domain.Step(smart_crop=domain.SmartCrop(width=1, height=1, interest=domain.Interest.FACES))
+    by_faces = canonical(domain.Pipeline(steps=(step,)), {})
+    by_attention = canonical(domain.SmartCrop(width=1, height=1), {})
+    words = canonical(domain.Watermark(text=domain.Text(content='"interest":"FACES"')), {})
+
+    assert [domain.models_used(said, [], "opencv 4") for said in (by_faces, by_attention, words)] == [
+        "opencv 4",
+        "",
+        "",
+    ]
+    assert domain.models_used(by_faces, [], "") == ""
