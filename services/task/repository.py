@@ -161,7 +161,7 @@ class SqlTasks:
                 "create_time": task.create_time,
             }
             if await insert_if_absent(connection, batch_table, row):
-                changes = await _in_turn(connection, changes)
+                changes = await _all_in_turn(connection, changes)
                 await connection.execute(insert(task_table), [_columns(each.task) for each in changes])
                 await self._tell(connection, [None] * len(changes), changes)
             batch = await _batch(connection, batch_id)

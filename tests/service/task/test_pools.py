@@ -79,14 +79,25 @@ async def test_a_tasks_permit_goes_to_the_queue_of_its_pool(replica: Replica):
     assert await permits(replica) == ["media.gpu"]
 
 
-async def test_a_batch_wakes_workers_of_every_pool_it_needs(replica: Replica):
-    wanted = [*[SMALLER] * (PERMITS + 2), CUT_OUT]
-    items = [pb.CreateTaskBatchRequest.Item(input_file_id=PHOTO, operation=each) for each in wanted]
+def several(*operations: media_pb2.Operation) -> pb.CreateTaskBatchRequest:
+    items = [pb.CreateTaskBatchRequest.Item(input_file_id=PHOTO, operation=each) for each in operations]
+    return pb.CreateTaskBatchRequest(items=items)
 
-    await replica.user().CreateTaskBatch(pb.CreateTaskBatchRequest(items=items))
+
+async def test_a_batch_wakes_workers_of_every_pool_it_needs(replica: Replica):
+    await replica.user().CreateTaskBatch(several(*[SMALLER, SMALLER, CUT_OUT] * (PERMITS + 1)))
 
     sent = await permits(replica)
-    assert (sent.count("media.cpu"), sent.count("media.gpu")) == (PERMITS, 1)
+    assert (sent.count("media.cpu"), sent.count("media.gpu")) == (PERMITS, PERMITS)
+
+
+async def test_a_batch_takes_its_turns_in_each_pool(replica: Replica):
+    await replica.user().CreateTaskBatch(several(*[SMALLER] * 20))
+
+    await replica.user().CreateTaskBatch(several(SMALLER, CUT_OUT))
+
+    task = await replica.tasks.find(await claimed(replica, "gpu"))
+    assert (task and task.turn) == 0  # its owner's many in the other pool do not stand before it
 
 
 async def test_permits_that_were_lost_are_published_again_to_the_tasks_pool(replica: Replica, bus: Bus):
