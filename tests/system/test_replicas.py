@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+from typing import Any
 
 import httpx
 
@@ -86,3 +87,49 @@ async def test_what_a_killed_worker_was_doing_is_done_again(mesh: Mesh, person: 
     ends = [await watched(person.http, task_id) for task_id in tasks]
 
     assert {end["state"] for end in ends} == {"STATE_SUCCEEDED"}
+
+
+async def test_what_a_killed_worker_was_making_for_two_is_made_once_by_another(
+    mesh: Mesh, person: Person, another: Person
+) -> None:
+    operation = {"resize": {"width": 4001, "fit": "FIT_FIT", "format": "FORMAT_AVIF"}}  # some seconds
+
+    async def asked(someone: Person) -> str:
+        file = await upload(someone, photograph())
+        task = await someone.http.post("tasks", json={"inputFileId": file["fileId"], "operation": operation})
+        return str(task.json()["taskId"])
+
+    async def being_made(task_id: str) -> bool:
+        return (await person.http.get(f"tasks/{task_id}")).json()["progress"]["stage"] in ("decode", "process")
+
+    first = await asked(person)
+    await eventually(lambda: being_made(first), within_seconds=20)
+    maker = mesh.pid(claims(mesh, first)[0])
+    os.kill(maker, signal.SIGSTOP)  # so that it neither ends this nor takes the other's
+    second = await asked(another)
+    await eventually(lambda: claims(mesh, second), within_seconds=20)
+    os.kill(maker, signal.SIGKILL)
+
+    async with asyncio.timeout(50):  # it does not wait the whole minute that it would for one that lives
+        ends = [await watched(each.http, task_id) for each, task_id in ((another, second), (person, first))]
+
+    assert [end["state"] for end in ends] == ["STATE_SUCCEEDED"] * 2, ends
+    assert (len(claims(mesh, first)), len(claims(mesh, second))) == (2, 1)
+    contents = [
+        (await each.http.get(f"files/{end['outputFileIds'][0]}/content")).content
+        for each, end in zip((another, person), ends, strict=True)
+    ]
+    assert contents[0] == contents[1]
+    taken = [each["task_id"] for each in said(mesh, "media-worker", "made before")]
+    assert [task_id for task_id in taken if task_id in (first, second)] == [first]
+
+
+def claims(mesh: Mesh, task_id: str) -> list[str]:
+    """Return which workers took a task, in order."""
+    return [each["worker_id"] for each in said(mesh, "task", "claimed") if each["task_id"] == task_id]
+
+
+def said(mesh: Mesh, service: str, message: str) -> list[dict[str, Any]]:
+    """Return the entries with this message in the logs of a service."""
+    lines = [line for path in (mesh.var / "log").glob(f"{service}-?.log") for line in path.read_text().splitlines()]
+    return [entry for line in lines if message in line and (entry := json.loads(line))["message"] == message]

@@ -256,7 +256,10 @@ class Worker:
             model=models_used(said, self._models, self._face_detector),
         )
         async with self._made.taken(work, capability) as file_ids:
-            return file_ids or await self._make(assignment, operation, work, slot, progress)
+            if file_ids:
+                log.info("made before", extra={"task_id": task.task_id, "attempt": task.attempt})
+                return file_ids
+            return await self._make(assignment, operation, work, slot, progress)
 
     async def _make(
         self,
