@@ -14,6 +14,7 @@ import logging
 from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 
+from mesh import crash
 from mesh.capability import Capability
 from mesh.errors import MeshError
 from services.storage.domain import (
@@ -60,10 +61,15 @@ class Keeping:
         begun = await self._files.begin(new, request_id)
         if begun.ready:
             return begun
+        kind = "result" if begun.task_id else "upload"
+        crash.point(f"{kind}: begun")
         try:
             await self._quota.reserve(begun.file_id, begun.user_id, begun.size_bytes)
+            crash.point(f"{kind}: quota reserved")
             await self._blobs.keep(incoming)
+            crash.point(f"{kind}: bytes kept")
             await self._quota.settle(begun.file_id)
+            crash.point(f"{kind}: quota settled")
         except MeshError:
             await tried(self.undo(begun))
             raise
@@ -71,6 +77,7 @@ class Keeping:
         if kept is None:
             await tried(self.undo(begun))
             raise _undone()
+        crash.point(f"{kind}: finished")
         return kept
 
     async def work(self, granted: Capability, origin: Origin, more_inputs: Sequence[str]) -> Work:
@@ -101,6 +108,8 @@ class Keeping:
             MeshError: the quota's refusal; nothing is stored then.
         """
         turn, begun = await self._files.take(work, MAKING_SECONDS)
+        if begun:
+            crash.point("take: begun")
         try:
             for each in begun:
                 require_size(each.size_bytes, limit_bytes)
@@ -113,10 +122,13 @@ class Keeping:
 
     async def _settled(self, begun: File) -> File:
         await self._quota.reserve(begun.file_id, begun.user_id, begun.size_bytes)
+        crash.point("take: quota reserved")
         await self._quota.settle(begun.file_id)
+        crash.point("take: quota settled")
         kept = await self._files.finish(begun.file_id)
         if kept is None:
             raise _undone()
+        crash.point("take: finished")
         return kept
 
     async def delete(self, user_id: str, file_id: str) -> None:

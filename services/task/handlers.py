@@ -122,12 +122,14 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         if request.request_id:  # as in CreateTask
             key, fingerprint = request.request_id, convert.fingerprint(request)
             batch_id, first = await self._tasks.adopt(user.user_id, "CreateTaskBatch", key, fingerprint, batch_id)
+            crash.point("batch: key kept")
             present = None if first else await self._tasks.find_batch(batch_id)
             if present is not None:
                 return convert.batch_to_proto(present)
 
         files = [tuple(dict.fromkeys(bounds.file_references(item))) for item in request.items]
         await self._require_all_supported(files, user.user_id)
+        crash.point("batch: files known")
 
         pools = [convert.pool_of(item.operation) for item in request.items]
         waking = {
@@ -159,6 +161,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             )
         ]
         reserved_time = await self._reserve(user.user_id, task_ids, round_=1)
+        crash.point("batch: quota reserved")
 
         def create(now: datetime) -> list[Change]:
             domain.require_fresh(reserved_time, self._clock.now())

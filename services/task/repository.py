@@ -164,7 +164,9 @@ class SqlTasks:
                 changes = await _all_in_turn(connection, changes)
                 await connection.execute(insert(task_table), [_columns(each.task) for each in changes])
                 await self._tell(connection, [None] * len(changes), changes)
+            crash.point("batch: written")
             batch = await _batch(connection, batch_id)
+        crash.point("batch: committed")
         assert batch is not None  # noqa: S101 - of this transaction, or of one before
         for each in changes:
             self._committed(each.task.task_id)
@@ -181,7 +183,9 @@ class SqlTasks:
             )
             tasks = [_task(row) for row in await connection.execute(members)]
             await self._take(connection, tasks, step, await now(connection))
+            crash.point("batch cancelled: written")
             batch = require_batch(await _batch(connection, batch_id), batch_id, owner)
+        crash.point("batch cancelled: committed")
         for each in tasks:
             self._committed(each.task_id)
         return batch
