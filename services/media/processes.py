@@ -39,7 +39,7 @@ from services.media.domain import (
 ENCODER = f"libvips {metadata.version('pyvips-binary')}"
 """What reads and writes pixels, with the codecs that come in the same package; another one makes other bytes."""
 FACE_DETECTOR = " ".join(
-    f"{each} {metadata.version(each)}" for each in metadata.packages_distributions().get("cv2", ())
+    f"{each} {metadata.version(each)}" for each in sorted({*metadata.packages_distributions().get("cv2", ())})
 )
 """What `operations.faces` finds them with; empty where it is not installed."""
 JOBS_PER_PROCESS = 500  # then a fresh one: whatever libraries leak is bounded

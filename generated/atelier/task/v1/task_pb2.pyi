@@ -1048,7 +1048,9 @@ class ClaimTaskRequest(_message.Message):
     worker_id: _builtins.str
     """The worker's own name, for people."""
     max_tasks: _builtins.int
-    """Most tasks in the answer, for a worker that does several in one go; 0 means 1."""
+    """Most tasks in the answer; 0 means 1. Our own worker asks for one as each of its slots becomes free; for several asks
+    who begins several at once, as the worker of scripts/bench does.
+    """
     def __init__(
         self,
         *,

@@ -269,13 +269,15 @@ class TaskServiceServicer:
 
     def CompleteTask(self, request, context):
         """Ends a task well. Repeating it with the same file succeeds. Fails with LEASE_LOST: the result must be discarded.
+        Our own worker uses CompleteTasks, for one as well; this is for workers that do one task at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CompleteTasks(self, request, context):
-        """Ends several tasks well, each by itself, whatever becomes of the others: for workers that do several in one go.
+        """Ends several tasks well, each by itself, whatever becomes of the others: what ended while a worker's last report was
+        under way, or one alone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

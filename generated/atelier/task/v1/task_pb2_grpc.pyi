@@ -90,9 +90,13 @@ class TaskServiceStub:
     RenewLease: _grpc.UnaryUnaryMultiCallable[_task_pb2.RenewLeaseRequest, _task_pb2.RenewLeaseResponse]
     """Prolongs a lease and reports progress. Fails with LEASE_LOST."""
     CompleteTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.CompleteTaskRequest, _task_pb2.CompleteTaskResponse]
-    """Ends a task well. Repeating it with the same file succeeds. Fails with LEASE_LOST: the result must be discarded."""
+    """Ends a task well. Repeating it with the same file succeeds. Fails with LEASE_LOST: the result must be discarded.
+    Our own worker uses CompleteTasks, for one as well; this is for workers that do one task at a time.
+    """
     CompleteTasks: _grpc.UnaryUnaryMultiCallable[_task_pb2.CompleteTasksRequest, _task_pb2.CompleteTasksResponse]
-    """Ends several tasks well, each by itself, whatever becomes of the others: for workers that do several in one go."""
+    """Ends several tasks well, each by itself, whatever becomes of the others: what ended while a worker's last report was
+    under way, or one alone.
+    """
     FailTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.FailTaskRequest, _task_pb2.FailTaskResponse]
     """Ends an attempt badly, or gives it back. A failure that may pass is tried again, up to the attempts. Fails with LEASE_LOST."""
     LookupTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.LookupTaskRequest, _task_pb2.LookupTaskResponse]
@@ -159,9 +163,13 @@ class TaskServiceAsyncStub(TaskServiceStub):
     RenewLease: _aio.UnaryUnaryMultiCallable[_task_pb2.RenewLeaseRequest, _task_pb2.RenewLeaseResponse]  # type: ignore[assignment]
     """Prolongs a lease and reports progress. Fails with LEASE_LOST."""
     CompleteTask: _aio.UnaryUnaryMultiCallable[_task_pb2.CompleteTaskRequest, _task_pb2.CompleteTaskResponse]  # type: ignore[assignment]
-    """Ends a task well. Repeating it with the same file succeeds. Fails with LEASE_LOST: the result must be discarded."""
+    """Ends a task well. Repeating it with the same file succeeds. Fails with LEASE_LOST: the result must be discarded.
+    Our own worker uses CompleteTasks, for one as well; this is for workers that do one task at a time.
+    """
     CompleteTasks: _aio.UnaryUnaryMultiCallable[_task_pb2.CompleteTasksRequest, _task_pb2.CompleteTasksResponse]  # type: ignore[assignment]
-    """Ends several tasks well, each by itself, whatever becomes of the others: for workers that do several in one go."""
+    """Ends several tasks well, each by itself, whatever becomes of the others: what ended while a worker's last report was
+    under way, or one alone.
+    """
     FailTask: _aio.UnaryUnaryMultiCallable[_task_pb2.FailTaskRequest, _task_pb2.FailTaskResponse]  # type: ignore[assignment]
     """Ends an attempt badly, or gives it back. A failure that may pass is tried again, up to the attempts. Fails with LEASE_LOST."""
     LookupTask: _aio.UnaryUnaryMultiCallable[_task_pb2.LookupTaskRequest, _task_pb2.LookupTaskResponse]  # type: ignore[assignment]
@@ -327,7 +335,9 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_pb2.CompleteTaskRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.CompleteTaskResponse, _abc.Awaitable[_task_pb2.CompleteTaskResponse]]:
-        """Ends a task well. Repeating it with the same file succeeds. Fails with LEASE_LOST: the result must be discarded."""
+        """Ends a task well. Repeating it with the same file succeeds. Fails with LEASE_LOST: the result must be discarded.
+        Our own worker uses CompleteTasks, for one as well; this is for workers that do one task at a time.
+        """
 
     @_abc_1.abstractmethod
     def CompleteTasks(
@@ -335,7 +345,9 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_pb2.CompleteTasksRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.CompleteTasksResponse, _abc.Awaitable[_task_pb2.CompleteTasksResponse]]:
-        """Ends several tasks well, each by itself, whatever becomes of the others: for workers that do several in one go."""
+        """Ends several tasks well, each by itself, whatever becomes of the others: what ended while a worker's last report was
+        under way, or one alone.
+        """
 
     @_abc_1.abstractmethod
     def FailTask(
