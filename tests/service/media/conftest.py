@@ -88,7 +88,8 @@ class Tasks(task_pb2_grpc.TaskServiceServicer):
         self.queued.remove(task)
         assignment = task_pb2.ClaimTaskResponse.Assignment(task=task, capability=f"may-{task.task_id}")
         assignment.lease_duration.FromMilliseconds(int(LEASE_SECONDS * 1000))
-        return task_pb2.ClaimTaskResponse(assignment=assignment)
+        more = any(pool_of(each.operation) == request.pool for each in self.queued)
+        return task_pb2.ClaimTaskResponse(assignment=assignment, more=more)
 
     async def RenewLease(self, request, _):
         self._require_lease(request.task_id)
