@@ -21,7 +21,7 @@ from services.task.domain import History, Task, Tasks, Version, replayed, requir
 
 CHANGES = "task.changes"  # the broadcast between replicas; its bodies are task ids, apart by blanks
 POLL_SECONDS = 1.0
-REST_SECONDS = 0.05
+REST_SECONDS = 0.1  # watchers at other replicas see progress that much later, when there is much of it
 IDLE_SECONDS = 15.0  # below the idle timeouts of common proxies, 30 s and more
 TOKEN_GRACE = timedelta(minutes=15)
 LONGEST_SECONDS = 3590.0  # a little less than the contract's deadline, so that the end says why
