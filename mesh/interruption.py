@@ -2,6 +2,9 @@
 
 A statement of SQLite runs in a thread, which does not hear that its caller was cancelled: left alone it reads on to
 its end, a writer's with the database's lock in its hands.
+
+A statement goes to the thread once and comes back with its rows: the way there and back costs more than most
+statements, and the driver goes it four times.
 """
 
 from __future__ import annotations
@@ -50,18 +53,57 @@ def begin_immediate(connection: Connection, within_seconds: float) -> None:
             return
 
 
+class _Cursor(aiosqlite.Cursor):
+    """Has all rows of its statement when that has ended; there is none before it has begun."""
+
+    def __init__(self, connection: _Interruptible) -> None:
+        super().__init__(connection, None)  # type: ignore[arg-type]  # none yet
+        self._rows: list[Any] = []
+
+    async def execute(self, sql: str, parameters: Any = None) -> _Cursor:
+        self._rows = await self._execute(self._all_rows, sql, parameters or ())  # type: ignore[no-untyped-call]
+        return self
+
+    async def executemany(self, sql: str, parameters: Any) -> _Cursor:
+        await self._execute(self._all_done, sql, parameters)  # type: ignore[no-untyped-call]
+        return self
+
+    async def fetchall(self) -> list[Any]:
+        return self._rows
+
+    async def close(self) -> None:
+        """Do nothing: whatever had an end has been reset by it."""
+
+    def _all_rows(self, sql: str, parameters: Any) -> list[Any]:
+        self._cursor = self._conn._conn.execute(sql, parameters)  # noqa: SLF001 - the driver's own
+        return self._cursor.fetchall()
+
+    def _all_done(self, sql: str, parameters: Any) -> None:
+        self._cursor = self._conn._conn.executemany(sql, parameters)  # noqa: SLF001 - likewise
+
+
 class _Interruptible(aiosqlite.Connection):
+    def cursor(self) -> _Cursor:  # type: ignore[override]  # SQLAlchemy asks for no more
+        return _Cursor(self)
+
+    async def rollback(self) -> None:
+        if self._conn.in_transaction:  # whatever goes back to the pool is asked to
+            await super().rollback()
+
     async def _execute(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             return await super()._execute(fn, *args, **kwargs)  # type: ignore[no-untyped-call]  # the driver's own
         except asyncio.CancelledError:
-            await self._idle(interrupting=getattr(fn, "__name__", "") not in _TO_THE_END)
+            interrupting = getattr(fn, "__name__", "") not in _TO_THE_END
+            await self._idle(lambda: None, interrupting=interrupting)
+            if interrupting:  # its lock is for the next one at once; SQLAlchemy closes the connection behind our back
+                await self._idle(self._conn.rollback, interrupting=False)
             raise
 
-    async def _idle(self, *, interrupting: bool) -> None:
-        """Return when the thread has nothing left to do, and be cancelled no second time meanwhile."""
+    async def _idle(self, last: Callable[[], None], *, interrupting: bool) -> None:
+        """Return when the thread has nothing left to do after `last`, and be cancelled no second time meanwhile."""
         idle: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._tx.put_nowait((idle, lambda: None))
+        self._tx.put_nowait((idle, last))
         while not idle.done():
             if interrupting:
                 self._conn.interrupt()
