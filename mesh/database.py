@@ -91,6 +91,7 @@ _SQLITE_OUTAGES = frozenset(
     }
 )
 
+_ALONE = "alone"  # of a connection: its statements need no BEGIN
 _ENDED = "ended"  # where a connection keeps who is told of its transaction's end
 
 
@@ -150,7 +151,7 @@ class Database:
         # Of the same pools.
         single = {"isolation_level": "AUTOCOMMIT"} if writer.dialect.name == "postgresql" else {}
         self._single_writer = writer.execution_options(**single)
-        self._single_reader = readers.execution_options(**single)
+        self._single_reader = readers.execution_options(**single, **{_ALONE: True})
 
     def transaction(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open a transaction that may write: committed at the end of the block, rolled back if it raises.
@@ -174,7 +175,8 @@ class Database:
     def statement(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open a connection each of whose statements is, with PostgreSQL, a transaction of its own.
 
-        Where one statement does, this spares two of three round trips. With SQLite it is `transaction`.
+        Where one statement does, this spares two of three round trips. With SQLite it is `transaction`, whose BEGIN
+        waits for other writers.
 
         Raises:
             Unavailable: as `transaction`.
@@ -182,7 +184,7 @@ class Database:
         return _begun(self._single_writer)
 
     def query(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """As `statement`, for one that reads."""
+        """As `statement`, for one that reads; with SQLite, too."""
         return _begun(self._single_reader)
 
     async def check(self) -> None:
@@ -447,6 +449,8 @@ def _sqlite_engine(url: str, *, pool_size: int, foreign_keys: bool = True, query
     event.listen(engine.sync_engine, "connect", connected)
 
     def begin(connection: Connection) -> None:
+        if connection.get_execution_options().get(_ALONE):
+            return
         if query_only:
             connection.exec_driver_sql("BEGIN")
         else:

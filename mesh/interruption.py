@@ -86,6 +86,10 @@ class _Interruptible(aiosqlite.Connection):
     def cursor(self) -> _Cursor:  # type: ignore[override]  # SQLAlchemy asks for no more
         return _Cursor(self)
 
+    async def commit(self) -> None:
+        if self._conn.in_transaction:  # a query has none, see `Database.query`
+            await super().commit()
+
     async def rollback(self) -> None:
         if self._conn.in_transaction:  # whatever goes back to the pool is asked to
             await super().rollback()

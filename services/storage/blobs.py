@@ -19,7 +19,8 @@ from typing import BinaryIO
 
 from services.storage.domain import HEAD_BYTES, FileNotFound, Incoming, StorageFull, require_size
 
-CHUNK_BYTES = 256 * 1024  # one thread hop moves this much: large enough to be cheap, small enough for many at once
+CHUNK_BYTES = 256 * 1024  # one thread hop writes this much: large enough to be cheap, small enough for many at once
+READ_BYTES = 1024 * 1024  # one hop reads this much, of which only what the reader's connection takes stays in memory
 _PREFIX_LENGTH = 2
 
 
@@ -51,7 +52,8 @@ class FolderBlobs:
         finally:
             # A thread that still writes for a cancelled caller fails on the closed file, nothing else. Shielded: a
             # deadline that comes only now must not leave the bytes behind.
-            await asyncio.shield(asyncio.to_thread(part.discard))
+            if not part.kept:
+                await asyncio.shield(asyncio.to_thread(part.discard))
 
     async def keep(self, incoming: Incoming) -> None:
         if not isinstance(incoming, _Part):
@@ -97,6 +99,7 @@ class _Part:
         self._hash = hashlib.sha256()
         self.size_bytes = 0
         self.head = b""
+        self.kept = False
 
     @property
     def sha256(self) -> str:
@@ -116,11 +119,13 @@ class _Part:
         """Put the bytes where they stay; over equal ones if they are there already."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._file.close()
         if not target.parent.exists():
             target.parent.mkdir(exist_ok=True)
             _sync_folder(target.parent.parent)
         self._path.replace(target)
         _sync_folder(target.parent)
+        self.kept = True
 
     def discard(self) -> None:
         with suppress(OSError):  # a full disk fails the flush once more; the bytes are not wanted any more
@@ -146,7 +151,7 @@ async def _read(source: BinaryIO, start: int, stop: int) -> AsyncIterator[bytes]
     with source:
         source.seek(start)
         while start < stop:
-            chunk = await asyncio.to_thread(source.read, min(CHUNK_BYTES, stop - start))
+            chunk = await asyncio.to_thread(source.read, min(READ_BYTES, stop - start))
             if not chunk:
                 raise EOFError(f"{source.name} is shorter than its row says")
             start += len(chunk)

@@ -1,6 +1,6 @@
 """In which order a file comes and goes, so that a crash at any line leaves nothing behind.
 
-Coming: bytes arrive → row, not ready → quota reserved → bytes made to last → quota settled → row ready.
+Coming: bytes arrive → row, not ready → quota charged → bytes made to last → row ready.
 Going: row away and its debt noted, in one transaction → bytes removed, if no row has them → quota given back.
 
 Nobody sees a row before it is ready. What breaks off halfway is put right by `upkeep`: each step is safe to repeat
@@ -64,12 +64,10 @@ class Keeping:
         kind = "result" if begun.task_id else "upload"
         crash.point(f"{kind}: begun")
         try:
-            await self._quota.reserve(begun.file_id, begun.user_id, begun.size_bytes)
-            crash.point(f"{kind}: quota reserved")
+            await self._quota.charge(begun.file_id, begun.user_id, begun.size_bytes)
+            crash.point(f"{kind}: quota charged")
             await self._blobs.keep(incoming)
             crash.point(f"{kind}: bytes kept")
-            await self._quota.settle(begun.file_id)
-            crash.point(f"{kind}: quota settled")
         except MeshError:
             await tried(self.undo(begun))
             raise
@@ -114,17 +112,15 @@ class Keeping:
             for each in begun:
                 require_size(each.size_bytes, limit_bytes)
             # The bytes are there: a row that is ready has them, and none removes them while these rows are here.
-            return turn, [each if each.ready else await self._settled(each) for each in begun]
+            return turn, [each if each.ready else await self._charged(each) for each in begun]
         except MeshError:
             for each in begun:
                 await tried(self.undo(each))
             raise
 
-    async def _settled(self, begun: File) -> File:
-        await self._quota.reserve(begun.file_id, begun.user_id, begun.size_bytes)
-        crash.point("take: quota reserved")
-        await self._quota.settle(begun.file_id)
-        crash.point("take: quota settled")
+    async def _charged(self, begun: File) -> File:
+        await self._quota.charge(begun.file_id, begun.user_id, begun.size_bytes)
+        crash.point("take: quota charged")
         kept = await self._files.finish(begun.file_id)
         if kept is None:
             raise _undone()

@@ -17,18 +17,18 @@ class MeshQuota:
     def __init__(self, users: user_pb2_grpc.UserServiceAsyncStub) -> None:
         self._users = users
 
-    async def reserve(self, file_id: str, user_id: str, size_bytes: int) -> None:
-        await self._users.ReserveQuota(
+    async def charge(self, file_id: str, user_id: str, size_bytes: int) -> None:
+        charged = await self._users.ReserveQuota(
             user_pb2.ReserveQuotaRequest(
                 reservation_id=file_id,
                 user_id=user_id,
                 kind=user_pb2.ReserveQuotaRequest.KIND_STORAGE_BYTES,
                 amount=size_bytes,
+                charge=True,
             )
         )
-
-    async def settle(self, file_id: str) -> None:
-        await self._users.SettleQuota(user_pb2.SettleQuotaRequest(reservation_id=file_id))
+        if charged.state == user_pb2.Reservation.STATE_HELD:  # by a release that does not know of charging at once
+            await self._users.SettleQuota(user_pb2.SettleQuotaRequest(reservation_id=file_id))
 
     async def release(self, file_id: str) -> None:
         await self._users.ReleaseQuota(user_pb2.ReleaseQuotaRequest(reservation_id=file_id))

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Delete, Row, bindparam, delete, func, sele
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from mesh import idempotency, ids, inbox, lock
-from mesh.database import Database, advisory_lock, insert_if_absent, now
+from mesh.database import Database, advisory_lock, clock, insert
 from services.storage.domain import (
     SWEEP,
     File,
@@ -64,34 +64,46 @@ class SqlFiles:
 
     async def finish(self, file_id: str) -> File | None:
         async with self._database.transaction() as connection:
-            await connection.execute(update(file).where(file.c.file_id == file_id).values(ready=True))
-            finished = await _one(connection, file.c.file_id == file_id)
-            if finished is not None and finished.work is not None:
-                of_it = _of_attempt(finished.task_id, finished.attempt) & file.c.ready
-                if complete([_from_row(row) for row in await connection.execute(select(file).where(of_it))]):
-                    await connection.execute(_released(finished.task_id, finished.attempt))
+            ready = update(file).where(file.c.file_id == file_id).values(ready=True).returning(*file.c)
+            row = (await connection.execute(ready)).one_or_none()
+            if row is None:
+                return None
+            finished = _from_row(row)
+            if finished.origin is not None and (
+                finished.origin.count == 1 or await _is_complete(connection, finished.task_id, finished.attempt)
+            ):
+                await connection.execute(_released(finished.task_id, finished.attempt))
             return finished
 
     async def take(self, work: Work, lease_seconds: float) -> tuple[Turn, Sequence[File]]:
+        until = clock(timedelta(seconds=lease_seconds))
+        turn = {"task_id": work.task_id, "attempt": work.attempt, "until": until}
+        standing = select(making, (making.c.until > clock()).label("lasts")).where(making.c.work == work.key)
         async with self._database.transaction() as connection:
-            await advisory_lock(connection, work.key)
-            time = await now(connection)
-            # Before the results: whoever makes them stands there until they are.
-            row = (await connection.execute(select(making).where(making.c.work == work.key))).one_or_none()
-            ours = row is not None and (row.task_id, row.attempt) == (work.task_id, work.attempt)
-            if not ours and (taken := await _taken(connection, work)):
-                return Turn.TAKE, taken
-            if row is not None and not ours and row.until > time:
-                return Turn.WAIT, []
-            turn = {"task_id": work.task_id, "attempt": work.attempt, "until": time + timedelta(seconds=lease_seconds)}
-            if row is None:
-                await insert_if_absent(connection, making, {"work": work.key, **turn})
-            else:
-                await connection.execute(update(making).where(making.c.work == work.key).values(turn))
-            return Turn.MAKE, []
+            absent = insert(connection, making).values(work=work.key, **turn).on_conflict_do_nothing()
+            new = absent.returning(making.c.work)
+            while True:
+                # The turn before the results: whoever makes them has it until they are there.
+                if (await connection.execute(new)).one_or_none() is not None:
+                    if taken := await _taken(connection, work):
+                        await connection.execute(_released(work.task_id, work.attempt))
+                        return Turn.TAKE, taken
+                    return Turn.MAKE, []
+                await advisory_lock(connection, work.key)  # of those who find it taken, one at a time decides
+                row = (await connection.execute(standing)).one_or_none()
+                if row is None:
+                    continue  # it has just ended
+                if (row.task_id, row.attempt) != (work.task_id, work.attempt):
+                    if taken := await _taken(connection, work):
+                        return Turn.TAKE, taken
+                    if row.lasts:
+                        return Turn.WAIT, []
+                taking = update(making).where(making.c.work == work.key, making.c.task_id == row.task_id).values(turn)
+                if (await connection.execute(taking)).rowcount:
+                    return Turn.MAKE, []
 
     async def release(self, task_id: str, attempt: int) -> None:
-        async with self._database.transaction() as connection:
+        async with self._database.statement() as connection:
             await connection.execute(_released(task_id, attempt))
 
     async def undo(self, file_id: str) -> bool:
@@ -105,7 +117,7 @@ class SqlFiles:
             return True
 
     async def get(self, user_id: str, file_id: str) -> File:
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             found = await _one(connection, _visible(user_id, file_id))
         return _required(found, file_id)
 
@@ -115,12 +127,12 @@ class SqlFiles:
         if before is not None:
             rows = rows.where(file.c.file_id < before)
         rows = rows.order_by(file.c.file_id.desc()).limit(size)
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             return [_from_row(row) for row in await connection.execute(rows)]
 
     async def usage(self, user_id: str) -> Usage:
         total = select(func.count(), func.coalesce(func.sum(file.c.size_bytes), 0))
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             count, size = (await connection.execute(total.where(file.c.user_id == user_id, file.c.ready))).one()
         return Usage(file_count=count, size_bytes=int(size))
 
@@ -131,11 +143,11 @@ class SqlFiles:
 
     async def results(self, task_id: str, attempt: int) -> Sequence[File]:
         rows = select(file).where(_of_attempt(task_id, attempt)).order_by(file.c.result_index)
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             return [_from_row(row) for row in await connection.execute(rows)]
 
     async def confirm(self, task_id: str, file_id: str) -> None:
-        async with self._database.transaction() as connection:
+        async with self._database.statement() as connection:
             await _confirm(connection, [(task_id, file_id)])
 
     async def follow(self, results: Mapping[str, Sequence[tuple[str, str]]]) -> None:
@@ -154,7 +166,7 @@ class SqlFiles:
         return await self._older(age_seconds, file.c.ready & ~file.c.confirmed)
 
     async def debts(self) -> Sequence[str]:
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             return (
                 (await connection.execute(select(debt.c.file_id).order_by(debt.c.create_time).limit(SOME)))
                 .scalars()
@@ -162,18 +174,18 @@ class SqlFiles:
             )
 
     async def pay(self, file_id: str) -> None:
-        async with self._database.transaction() as connection:
+        async with self._database.statement() as connection:
             await connection.execute(delete(debt).where(debt.c.file_id == file_id))
 
     async def known_contents(self, prefix: str) -> Collection[str]:
         # "g" comes after every hexadecimal digit; a range uses the index, as LIKE would not.
         known = select(file.c.sha256).distinct().where(file.c.sha256.between(prefix, prefix + "g"))
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             return set((await connection.execute(known)).scalars())
 
     async def used(self, contents: Collection[str]) -> Collection[str]:
         known = select(file.c.sha256).distinct().where(file.c.sha256.in_(contents))
-        async with self._database.reading() as connection:
+        async with self._database.query() as connection:
             return set((await connection.execute(known)).scalars())
 
     @asynccontextmanager
@@ -192,34 +204,36 @@ class SqlFiles:
             async with self._database.transaction() as connection:
                 await lock.require(connection, lock_table, SWEEP, fence)
                 # Of attempts that ended without a word; the next one would have taken their place.
-                await connection.execute(delete(making).where(making.c.until < await now(connection)))
+                await connection.execute(delete(making).where(making.c.until < clock()))
                 keys = await idempotency.forget(connection, idempotency_table)
                 more = await inbox.forget(connection, inbox_table, EVENTS_KEPT) or keys
 
     async def _older(self, age_seconds: float, which: ColumnElement[bool]) -> Sequence[File]:
-        async with self._database.reading() as connection:
-            before = await now(connection) - timedelta(seconds=age_seconds)
-            rows = select(file).where(which, file.c.create_time < before).order_by(file.c.create_time).limit(SOME)
+        before = clock(timedelta(seconds=-age_seconds))
+        rows = select(file).where(which, file.c.create_time < before).order_by(file.c.create_time).limit(SOME)
+        async with self._database.query() as connection:
             return [_from_row(row) for row in await connection.execute(rows)]
 
 
 async def _begun(connection: AsyncConnection, new: NewFile) -> File:
     """Store the row of a file, not ready, or return what stands in its place; under the lock of its content."""
-    begun = File(
-        **{field.name: getattr(new, field.name) for field in dataclasses.fields(new)},
-        create_time=await now(connection),
-        ready=False,
-        confirmed=new.task_id is None,
-    )
+    row = {**dataclasses.asdict(new), "ready": False, "confirmed": new.task_id is None}
+    added = insert(connection, file).values(**row, create_time=clock()).on_conflict_do_nothing().returning(*file.c)
     # Only a result can be in another's way: what its attempt wrote first under its index.
     same = _of_attempt(new.task_id, new.attempt) & (file.c.result_index == new.result_index)
-    while not await insert_if_absent(connection, file, dataclasses.asdict(begun)):
+    while (begun := (await connection.execute(added)).one_or_none()) is None:
         first = await _one(connection, same)
         if first is not None and (first.ready or first.sha256 == new.sha256):
             return first
         # An earlier write broke off with other bytes: this one takes its place.
         await _take_away(connection, same & ~file.c.ready)
-    return begun
+    return _from_row(begun)
+
+
+async def _is_complete(connection: AsyncConnection, task_id: str | None, attempt: int | None) -> bool:
+    """Tell whether an attempt has all its results here."""
+    ready = select(file).where(_of_attempt(task_id, attempt) & file.c.ready)
+    return bool(complete([_from_row(row) for row in await connection.execute(ready)]))
 
 
 async def _taken(connection: AsyncConnection, work: Work) -> Sequence[File]:
@@ -291,7 +305,8 @@ async def _take_away(connection: AsyncConnection, which: ColumnElement[bool]) ->
 
 
 async def _owe(connection: AsyncConnection, file_id: str) -> None:
-    await insert_if_absent(connection, debt, {"file_id": file_id, "create_time": await now(connection)})
+    owed = insert(connection, debt).values(file_id=file_id, create_time=clock())
+    await connection.execute(owed.on_conflict_do_nothing())
 
 
 def _required(found: File | None, file_id: str) -> File:

@@ -262,12 +262,19 @@ class Quotas(Protocol):
         """Return the usage of the present period."""
 
     async def reserve(
-        self, reservation_ids: Sequence[str], user_id: str, kind: Kind, amount: int, now: datetime
+        self,
+        reservation_ids: Sequence[str],
+        user_id: str,
+        kind: Kind,
+        amount: int,
+        now: datetime,
+        *,
+        charge: bool = False,
     ) -> list[Reservation]:
-        """Set an amount aside for each reservation, all or none; return them in order.
+        """Set an amount aside for each reservation, all or none, or `charge` it at once; return them in order.
 
-        One that is only held is held anew from `now`; one that is bound or charged is returned as it is; a released
-        one is set aside again, so that a create repeated after its reservation was given back is still counted.
+        One that is only held is held anew from `now`, or charged; one that is bound or charged is returned as it is; a
+        released one is set aside again, so that a create repeated after its reservation was given back still counts.
 
         Raises:
             UserNotFound: there is no such account.

@@ -167,7 +167,7 @@ class UserService(user_pb2_grpc.UserServiceServicer):
         return convert.account_to_proto(await self._accounts.get(request.user_id))
 
     async def ReserveQuota(self, request: pb.ReserveQuotaRequest, _: object) -> pb.Reservation:
-        [reservation] = await self._reserved([request.reservation_id], request)
+        [reservation] = await self._reserved([request.reservation_id], request, charge=request.charge)
         return reservation
 
     async def ReserveQuotas(self, request: pb.ReserveQuotasRequest, _: object) -> pb.ReserveQuotasResponse:
@@ -192,10 +192,16 @@ class UserService(user_pb2_grpc.UserServiceServicer):
         return convert.dispute_to_proto(reservation, wanted)
 
     async def _reserved(
-        self, reservation_ids: Sequence[str], request: pb.ReserveQuotaRequest | pb.ReserveQuotasRequest
+        self,
+        reservation_ids: Sequence[str],
+        request: pb.ReserveQuotaRequest | pb.ReserveQuotasRequest,
+        *,
+        charge: bool = False,
     ) -> list[pb.Reservation]:
         kind, now = convert.kind_from(request.kind), self._clock.now()
-        reservations = await self._quotas.reserve(reservation_ids, request.user_id, kind, request.amount, now)
+        reservations = await self._quotas.reserve(
+            reservation_ids, request.user_id, kind, request.amount, now, charge=charge
+        )
         return [convert.reservation_to_proto(each) for each in reservations]
 
     async def _user(self, account: Account) -> pb.User:

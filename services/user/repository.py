@@ -174,11 +174,13 @@ class _Wanted:
     kind: Kind
     amount: int
     now: datetime
+    state: State
+    """HELD, or SETTLED when it is charged at once."""
 
     @property
-    def counted(self) -> tuple[str, Kind, str, int]:
+    def counted(self) -> tuple[str, Kind, str, int, State]:
         """What those share that can be set aside by one statement."""
-        return self.user_id, self.kind, period(self.kind, self.now), self.amount
+        return self.user_id, self.kind, period(self.kind, self.now), self.amount, self.state
 
 
 class SqlQuotas:
@@ -195,9 +197,17 @@ class SqlQuotas:
             return {kind: await _usage(connection, user_id, kind, period(kind, now)) for kind in Kind}
 
     async def reserve(
-        self, reservation_ids: Sequence[str], user_id: str, kind: Kind, amount: int, now: datetime
+        self,
+        reservation_ids: Sequence[str],
+        user_id: str,
+        kind: Kind,
+        amount: int,
+        now: datetime,
+        *,
+        charge: bool = False,
     ) -> list[Reservation]:
-        return await self._reserved(_Wanted(tuple(reservation_ids), user_id, kind, amount, now))
+        state = State.SETTLED if charge else State.HELD
+        return await self._reserved(_Wanted(tuple(reservation_ids), user_id, kind, amount, now, state))
 
     async def _reserve_together(self, wanted: Sequence[_Wanted]) -> list[list[Reservation] | Exception]:
         """Reserve what each wants, whatever becomes of the others."""
@@ -206,7 +216,7 @@ class SqlQuotas:
             # The locks make an account's reservations wait for each other, so that looking before writing is safe.
             accounts = await _accounts(connection, {each.user_id for each in wanted})
             reservations = await _reservations(connection, [each for one in wanted for each in one.reservation_ids])
-            alike: defaultdict[tuple[str, Kind, str, int], list[_Wanted]] = defaultdict(list)
+            alike: defaultdict[tuple[str, Kind, str, int, State], list[_Wanted]] = defaultdict(list)
             for each in wanted:
                 alike[each.counted].append(each)
             # In one order, as `_move` locks counters.
@@ -327,10 +337,13 @@ async def _hold(
     ids = dict.fromkeys(each for one in alike for each in one.reservation_ids)
     kept = {each for each in ids if each in reservations and reservations[each].state is not State.RELEASED}
     if held := [each for each in kept if reservations[each].state is State.HELD]:
-        # Whoever repeats the call is about to commit what it is for: upkeep waits anew.
-        await connection.execute(update(reservation).where(_among(held)).values(update_time=now))
+        if wanted.state is State.SETTLED:
+            reservations |= await _move(connection, [(each, State.SETTLED) for each in held], now)
+        else:
+            # Whoever repeats the call is about to commit what it is for: upkeep waits anew.
+            await connection.execute(update(reservation).where(_among(held)).values(update_time=now))
     fresh = [
-        Reservation(each, account.user_id, wanted.kind, period(wanted.kind, wanted.now), wanted.amount)
+        Reservation(each, account.user_id, wanted.kind, period(wanted.kind, wanted.now), wanted.amount, wanted.state)
         for each in ids
         if each not in kept
     ]
@@ -343,7 +356,8 @@ async def _hold(
     if released := [each.reservation_id for each in fresh if each.reservation_id in reservations]:
         await connection.execute(delete(reservation).where(_among(released)))
     await connection.execute(insert(reservation), [_reservation_columns(each, now) for each in fresh])
-    await connection.execute(insert(ledger), [_entry(each, 0, wanted.amount, now) for each in fresh])
+    used, reserved = _places(wanted.state, wanted.amount)
+    await connection.execute(insert(ledger), [_entry(each, used, reserved, now) for each in fresh])
     reservations |= {each.reservation_id: each for each in fresh}
 
 
@@ -372,17 +386,23 @@ async def _usage(connection: AsyncConnection, user_id: str, kind: Kind, period: 
 
 
 async def _set_aside(connection: AsyncConnection, held: Reservation, total: int, limit: int) -> bool:
-    """Add to what is reserved if it fits; one statement looks and adds."""
+    """Add to what is reserved, or used, if it fits; one statement looks and adds."""
+    used, reserved = _places(held.state, total)
     added = (
         update(counter)
         .where(*_counted(held.user_id, held.kind, held.period), counter.c.used + counter.c.reserved + total <= limit)
-        .values(reserved=counter.c.reserved + total)
+        .values(used=counter.c.used + used, reserved=counter.c.reserved + reserved)
     )
     if (await connection.execute(added)).rowcount == 1:
         return True
     zero = {"user_id": held.user_id, "kind": held.kind, "period": held.period, "used": 0, "reserved": 0}
     first = await insert_if_absent(connection, counter, zero)
     return first and (await connection.execute(added)).rowcount == 1
+
+
+def _places(state: State, amount: int) -> tuple[int, int]:
+    """Return what a reservation adds to what is used and to what is reserved."""
+    return (amount, 0) if state is State.SETTLED else (0, amount)
 
 
 async def _move(

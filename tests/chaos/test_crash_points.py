@@ -67,7 +67,7 @@ POINTS = (
 BATCH = tuple(f"batch: {step}" for step in ("key kept", "files known", "quota reserved", "written", "committed"))
 CANCEL = ("CANCELLED: written", "CANCELLED: committed")
 CANCEL_OF_A_BATCH = ("batch cancelled: written", "batch cancelled: committed")
-KEEPING = ("begun", "quota reserved", "bytes kept", "quota settled", "finished")
+KEEPING = ("begun", "quota charged", "bytes kept", "finished")
 UPLOAD = tuple(f"upload: {step}" for step in KEEPING)
 RESULT = tuple(f"result: {step}" for step in KEEPING)
 TAKE = tuple(f"take: {step}" for step in KEEPING if step != "bytes kept")

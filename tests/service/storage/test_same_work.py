@@ -246,8 +246,8 @@ async def made(world: World) -> Work:
     return work(world, source.sha256)
 
 
-# Four calls, each with a before and an after: take, reserve, settle, finish.
-@pytest.mark.parametrize("at", range(8))
+# Three calls, each with a before and an after: take, charge, finish.
+@pytest.mark.parametrize("at", range(6))
 async def test_taking_that_crashes_anywhere_is_tidied_up_or_finished_by_its_repetition(world, at):
     same = await made(world)
     with pytest.raises(Crash):
@@ -308,9 +308,9 @@ async def test_a_taken_file_whose_source_goes_before_it_is_settled_keeps_its_byt
     (source,) = list(await world.files.results("tsk_1", 1))
 
     class Meanwhile(Crashing):
-        async def reserve(self, *arguments):
+        async def charge(self, *arguments):
             await world.keeping.delete("usr_ann", source.file_id)
-            await world.quota.reserve(*arguments)
+            await world.quota.charge(*arguments)
 
     slow = Keeping(world.files, world.blobs, Meanwhile(world.quota, count(), -1), world.judge)
     _, (taken,) = await slow.take(same, 100)

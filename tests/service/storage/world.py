@@ -65,6 +65,8 @@ class Users(user_pb2_grpc.UserServiceServicer):
                 reservation_id=request.reservation_id, state=user_pb2.Reservation.STATE_HELD
             )
             self.amounts[request.reservation_id] = request.amount
+        if request.charge:
+            self.reservations[request.reservation_id].state = user_pb2.Reservation.STATE_SETTLED
         return self.reservations[request.reservation_id]
 
     async def SettleQuota(self, request, context):

@@ -89,10 +89,14 @@ class Home:
             user_pb2.RegisterUserRequest(username=username, email=f"{username}@example.com", password=password)
         )
 
-    async def reserve(self, user_id: str, reservation_id: str, amount: int = 1, *, storage: bool = False):
+    async def reserve(
+        self, user_id: str, reservation_id: str, amount: int = 1, *, storage: bool = False, charge: bool = False
+    ):
         kind = user_pb2.ReserveQuotaRequest.KIND_STORAGE_BYTES if storage else user_pb2.ReserveQuotaRequest.KIND_TASKS
         return await self.stub(caller="storage" if storage else "task").ReserveQuota(
-            user_pb2.ReserveQuotaRequest(reservation_id=reservation_id, user_id=user_id, kind=kind, amount=amount)
+            user_pb2.ReserveQuotaRequest(
+                reservation_id=reservation_id, user_id=user_id, kind=kind, amount=amount, charge=charge
+            )
         )
 
     async def reserve_all(self, user_id: str, reservation_ids: list[str], caller: str = "task"):

@@ -149,6 +149,34 @@ async def test_stored_bytes_are_charged_and_given_back_when_deleted(home):
     assert counts((await home.quota(ada.user_id)).storage_bytes) == (0, 0)
 
 
+@pytest.mark.parametrize("before", ["nothing", "held", "charged", "given back"])
+async def test_what_is_charged_at_once_is_charged_once_whatever_was_before(home, before):
+    ada = await home.registered()
+    if before != "nothing":
+        await home.reserve(ada.user_id, "fil_1", 500, storage=True, charge=before == "charged")
+    if before == "given back":
+        await release(home, "fil_1")
+
+    charged = await home.reserve(ada.user_id, "fil_1", 500, storage=True, charge=True)
+
+    assert charged.state == SETTLED
+    assert counts((await home.quota(ada.user_id)).storage_bytes) == (500, 0)
+    await release(home, "fil_1")
+    assert counts((await home.quota(ada.user_id)).storage_bytes) == (0, 0)
+    assert await home.quotas.audit() == []
+
+
+async def test_what_is_charged_at_once_must_fit(home):
+    ada = await home.registered()
+    limit = (await home.quota(ada.user_id)).storage_bytes.limit
+    await home.reserve(ada.user_id, "fil_1", limit - 1, storage=True, charge=True)
+
+    with pytest.raises(ResourceExhausted):
+        await home.reserve(ada.user_id, "fil_2", 2, storage=True, charge=True)
+
+    assert counts((await home.quota(ada.user_id)).storage_bytes) == (limit - 1, 0)
+
+
 async def test_settling_again_changes_nothing(home):
     ada = await home.registered()
     await home.reserve(ada.user_id, "fil_1", 500, storage=True)

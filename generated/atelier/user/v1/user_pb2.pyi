@@ -812,6 +812,7 @@ class ReserveQuotaRequest(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     AMOUNT_FIELD_NUMBER: _builtins.int
+    CHARGE_FIELD_NUMBER: _builtins.int
     reservation_id: _builtins.str
     """The caller's name for it, unique for ever, e.g. the task's id and attempt."""
     user_id: _builtins.str
@@ -820,6 +821,8 @@ class ReserveQuotaRequest(_message.Message):
     """What is counted."""
     amount: _builtins.int
     """How much, > 0."""
+    charge: _builtins.bool
+    """Whether it is charged at once, as SettleQuota would next; what is only set aside by an earlier call is charged, too."""
     def __init__(
         self,
         *,
@@ -827,10 +830,11 @@ class ReserveQuotaRequest(_message.Message):
         user_id: _builtins.str = ...,
         kind: Global___ReserveQuotaRequest.Kind.ValueType = ...,
         amount: _builtins.int = ...,
+        charge: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "kind", b"kind", "reservation_id", b"reservation_id", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "charge", b"charge", "kind", b"kind", "reservation_id", b"reservation_id", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
