@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import fields
+from functools import cache
 from typing import Any, cast, get_args, get_type_hints
 
 from atelier.media.v1 import media_pb2 as pb
@@ -73,8 +74,13 @@ def descriptions(said: Comments) -> list[pb.OperationDescription]:
     ]
 
 
+@cache
+def _hints(wanted: Hashable) -> dict[str, Any]:
+    return get_type_hints(wanted)  # takes as long as all the rest
+
+
 def _value(message: Message, wanted: type[Any]) -> Any:
-    hints = get_type_hints(wanted)
+    hints = _hints(wanted)  # type: ignore[arg-type]  # whatever mypy says, a class is hashable
     present = {field.name: (field, value) for field, value in message.ListFields()}
     given: dict[str, Any] = {}
     for each in fields(wanted):

@@ -20,7 +20,7 @@ from typing import BinaryIO
 from services.storage.domain import HEAD_BYTES, FileNotFound, Incoming, StorageFull, require_size
 
 CHUNK_BYTES = 256 * 1024  # one thread hop writes this much: large enough to be cheap, small enough for many at once
-READ_BYTES = 1024 * 1024  # one hop reads this much, of which only what the reader's connection takes stays in memory
+READ_BYTES = 1024 * 1024  # one hop reads this much, which is all that a download has in memory
 _PREFIX_LENGTH = 2
 
 
