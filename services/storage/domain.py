@@ -215,6 +215,9 @@ class Files(Protocol):
     async def get(self, user_id: str, file_id: str) -> File:
         """Return a ready file. Raises FileNotFound."""
 
+    async def some(self, user_id: str, file_ids: Collection[str]) -> Sequence[File]:
+        """Return those of a user's confirmed files that are among these, in no order."""
+
     async def page(self, user_id: str, size: int, before: str | None) -> Sequence[File]:
         """Return at most `size` confirmed files, newest first, that are older than the id `before`."""
 

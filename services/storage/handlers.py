@@ -70,6 +70,10 @@ class StorageService(storage_pb2_grpc.StorageServiceServicer):
     async def StatFile(self, request: pb.StatFileRequest, _: object) -> pb.File:
         return file_to_proto(await self._keeping.usable(request.user_id, request.file_id))
 
+    async def StatFiles(self, request: pb.StatFilesRequest, _: object) -> pb.StatFilesResponse:
+        files = await self._files.some(request.user_id, request.file_ids)
+        return pb.StatFilesResponse(files=map(file_to_proto, files))
+
     async def FilterContents(self, request: pb.FilterContentsRequest, _: object) -> pb.FilterContentsResponse:
         return pb.FilterContentsResponse(sha256s=await self._files.used(request.sha256s))
 

@@ -121,6 +121,13 @@ class SqlFiles:
             found = await _one(connection, _visible(user_id, file_id))
         return _required(found, file_id)
 
+    async def some(self, user_id: str, file_ids: Collection[str]) -> Sequence[File]:
+        rows = select(file).where(
+            file.c.file_id.in_(file_ids), file.c.user_id == user_id, file.c.ready, file.c.confirmed
+        )
+        async with self._database.query() as connection:
+            return [_from_row(row) for row in await connection.execute(rows)]
+
     async def page(self, user_id: str, size: int, before: str | None) -> Sequence[File]:
         # Ids are time-ordered, so the newest come first.
         rows = select(file).where(file.c.user_id == user_id, file.c.ready, file.c.confirmed)

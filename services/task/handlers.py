@@ -8,7 +8,7 @@ import logging
 import random
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -21,7 +21,7 @@ from google.api.httpbody_pb2 import HttpBody
 
 from mesh import bounds, capability, context, crash, ids, status, telemetry, wire
 from mesh.clock import Clock
-from mesh.errors import InvalidArgument, MeshError, NotFound
+from mesh.errors import InvalidArgument, MeshError, NotFound, Unimplemented
 from services.task import convert, domain, sse, webhooks
 from services.task.domain import UNSERVED, WAITING, Change, State, Step, Task, Tasks, Terms
 from services.task.watch import Watches
@@ -30,6 +30,7 @@ from services.task.webhooks import PATIENCE, Network, Webhooks
 REDRIVEN_AT_ONCE = 100  # of a reason, in one call
 REPLAYED_AT_ONCE = 200  # in one transaction, which others wait for
 ASKED_AT_ONCE = 50  # files of a batch: enough to hide the way to storage, not enough to fill its doorway
+ASKED_TOGETHER = 1000  # files in one call, as the contract says
 
 log = logging.getLogger(__name__)
 
@@ -325,18 +326,32 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
 
         return await self._tasks.change(task.task_id, retry, owner=task.user_id)
 
-    async def _require_supported(self, file_id: str, user_id: str) -> None:
-        file = await self._storage.StatFile(storage_pb2.StatFileRequest(file_id=file_id, user_id=user_id))
-        domain.require_supported(file_id, file.content_type)
+    async def _require_supported(self, file_id: str, user_id: str, content_type: str | None = None) -> None:
+        if content_type is None:
+            file = await self._storage.StatFile(storage_pb2.StatFileRequest(file_id=file_id, user_id=user_id))
+            content_type = file.content_type
+        domain.require_supported(file_id, content_type)
+
+    async def _content_types(self, file_ids: Sequence[str], user_id: str) -> dict[str, str]:
+        """Return what a user's files are; without those of which storage cannot say it at once."""
+        found: dict[str, str] = {}
+        for start in range(0, len(file_ids), ASKED_TOGETHER):
+            some = file_ids[start : start + ASKED_TOGETHER]
+            with suppress(Unimplemented):  # by storage's release of before this call
+                answer = await self._storage.StatFiles(storage_pb2.StatFilesRequest(file_ids=some, user_id=user_id))
+                found |= {file.file_id: file.content_type for file in answer.files}
+        return found
 
     async def _require_all_supported(self, files: Sequence[Sequence[str]], user_id: str) -> None:
         """Refuse a batch with a file that no worker can read, blaming the first item that has one."""
         first = {file_id: index for index, file_ids in reversed([*enumerate(files)]) for file_id in file_ids}
         asked = sorted(first, key=first.__getitem__)
+        known = await self._content_types(asked, user_id)
         for start in range(0, len(asked), ASKED_AT_ONCE):
             some = asked[start : start + ASKED_AT_ONCE]
             answers = await asyncio.gather(
-                *(self._require_supported(file_id, user_id) for file_id in some), return_exceptions=True
+                *(self._require_supported(file_id, user_id, known.get(file_id)) for file_id in some),
+                return_exceptions=True,
             )
             for file_id, answer in zip(some, answers, strict=True):
                 if isinstance(answer, NotFound | InvalidArgument):

@@ -191,6 +191,19 @@ async def test_a_result_that_no_task_took_is_no_input(world):
     assert refusal.value.metadata == {"file_id": result["fileId"]}
 
 
+async def test_many_files_are_told_of_but_for_those_that_are_not_surely_the_user_s(world):
+    result = (await write(world)).json()["fileId"]
+    async with world.http() as own, world.http("usr_bob") as another:
+        mine = (await own.post("/api/v1/files", params={"name": "a.txt"}, content=b"mine")).json()["fileId"]
+        theirs = (await another.post("/api/v1/files", params={"name": "a.txt"}, content=b"mine")).json()["fileId"]
+
+    answer = await world.stub(None, caller="task").StatFiles(
+        storage_pb2.StatFilesRequest(file_ids=[mine, theirs, result, "fil_none"], user_id="usr_ann")
+    )
+
+    assert [(each.file_id, each.content_type) for each in answer.files] == [(mine, "text/plain")]
+
+
 async def test_a_result_whose_event_was_lost_is_confirmed_by_asking(world):
     result = (await write(world)).json()
     world.tasks.known["tsk_1"] = standing("SUCCEEDED", 1, result["fileId"])

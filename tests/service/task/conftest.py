@@ -56,14 +56,24 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
 
     def __init__(self) -> None:
         self.failure: Exception | None = None
+        self.types = {PHOTO: "image/jpeg", MARK: "image/png", TEXT: "text/plain"}
 
     async def StatFile(self, request, _):
         if self.failure:
             raise self.failure
-        types = {PHOTO: "image/jpeg", MARK: "image/png", TEXT: "text/plain"}
-        if request.user_id != OWNER or request.file_id not in types:
+        if request.user_id != OWNER or request.file_id not in self.types:
             raise FileNotFound(f"There is no file {request.file_id}.", metadata={"file_id": request.file_id})
-        return storage_pb2.File(file_id=request.file_id, content_type=types[request.file_id])
+        return storage_pb2.File(file_id=request.file_id, content_type=self.types[request.file_id])
+
+    async def StatFiles(self, request, _):
+        if self.failure:
+            raise self.failure
+        known = self.types if request.user_id == OWNER else {}
+        return storage_pb2.StatFilesResponse(
+            files=[
+                storage_pb2.File(file_id=each, content_type=known[each]) for each in request.file_ids if each in known
+            ]
+        )
 
 
 class Users(user_pb2_grpc.UserServiceServicer):

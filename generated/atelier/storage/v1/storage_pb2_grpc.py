@@ -77,6 +77,11 @@ class StorageServiceStub:
                 request_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.StatFileRequest.SerializeToString,
                 response_deserializer=atelier_dot_storage_dot_v1_dot_storage__pb2.File.FromString,
                 _registered_method=True)
+        self.StatFiles = channel.unary_unary(
+                '/atelier.storage.v1.StorageService/StatFiles',
+                request_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.StatFilesRequest.SerializeToString,
+                response_deserializer=atelier_dot_storage_dot_v1_dot_storage__pb2.StatFilesResponse.FromString,
+                _registered_method=True)
         self.FilterContents = channel.unary_unary(
                 '/atelier.storage.v1.StorageService/FilterContents',
                 request_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.FilterContentsRequest.SerializeToString,
@@ -171,6 +176,14 @@ class StorageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StatFiles(self, request, context):
+        """As StatFile for many of a user's files, but leaves out, instead of failing, what it does not know for certain to be
+        the user's: those are to be asked about one by one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def FilterContents(self, request, context):
         """Says which contents some file still has, for a service that keeps what it made of them.
         """
@@ -253,6 +266,11 @@ def add_StorageServiceServicer_to_server(servicer, server):
                     servicer.StatFile,
                     request_deserializer=atelier_dot_storage_dot_v1_dot_storage__pb2.StatFileRequest.FromString,
                     response_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.File.SerializeToString,
+            ),
+            'StatFiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.StatFiles,
+                    request_deserializer=atelier_dot_storage_dot_v1_dot_storage__pb2.StatFilesRequest.FromString,
+                    response_serializer=atelier_dot_storage_dot_v1_dot_storage__pb2.StatFilesResponse.SerializeToString,
             ),
             'FilterContents': grpc.unary_unary_rpc_method_handler(
                     servicer.FilterContents,
@@ -498,6 +516,33 @@ class StorageService:
             '/atelier.storage.v1.StorageService/StatFile',
             atelier_dot_storage_dot_v1_dot_storage__pb2.StatFileRequest.SerializeToString,
             atelier_dot_storage_dot_v1_dot_storage__pb2.File.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StatFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.storage.v1.StorageService/StatFiles',
+            atelier_dot_storage_dot_v1_dot_storage__pb2.StatFilesRequest.SerializeToString,
+            atelier_dot_storage_dot_v1_dot_storage__pb2.StatFilesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -62,6 +62,10 @@ class StorageServiceStub:
     """Reads what is known of a user's file, for a service. Fails with FILE_NOT_FOUND, also when the
     file is another user's.
     """
+    StatFiles: _grpc.UnaryUnaryMultiCallable[_storage_pb2.StatFilesRequest, _storage_pb2.StatFilesResponse]
+    """As StatFile for many of a user's files, but leaves out, instead of failing, what it does not know for certain to be
+    the user's: those are to be asked about one by one.
+    """
     FilterContents: _grpc.UnaryUnaryMultiCallable[_storage_pb2.FilterContentsRequest, _storage_pb2.FilterContentsResponse]
     """Says which contents some file still has, for a service that keeps what it made of them."""
     ReadInput: _grpc.UnaryUnaryMultiCallable[_storage_pb2.ReadInputRequest, _httpbody_pb2.HttpBody]
@@ -114,6 +118,10 @@ class StorageServiceAsyncStub(StorageServiceStub):
     StatFile: _aio.UnaryUnaryMultiCallable[_storage_pb2.StatFileRequest, _storage_pb2.File]  # type: ignore[assignment]
     """Reads what is known of a user's file, for a service. Fails with FILE_NOT_FOUND, also when the
     file is another user's.
+    """
+    StatFiles: _aio.UnaryUnaryMultiCallable[_storage_pb2.StatFilesRequest, _storage_pb2.StatFilesResponse]  # type: ignore[assignment]
+    """As StatFile for many of a user's files, but leaves out, instead of failing, what it does not know for certain to be
+    the user's: those are to be asked about one by one.
     """
     FilterContents: _aio.UnaryUnaryMultiCallable[_storage_pb2.FilterContentsRequest, _storage_pb2.FilterContentsResponse]  # type: ignore[assignment]
     """Says which contents some file still has, for a service that keeps what it made of them."""
@@ -212,6 +220,16 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_storage_pb2.File, _abc.Awaitable[_storage_pb2.File]]:
         """Reads what is known of a user's file, for a service. Fails with FILE_NOT_FOUND, also when the
         file is another user's.
+        """
+
+    @_abc_1.abstractmethod
+    def StatFiles(
+        self,
+        request: _storage_pb2.StatFilesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_storage_pb2.StatFilesResponse, _abc.Awaitable[_storage_pb2.StatFilesResponse]]:
+        """As StatFile for many of a user's files, but leaves out, instead of failing, what it does not know for certain to be
+        the user's: those are to be asked about one by one.
         """
 
     @_abc_1.abstractmethod
