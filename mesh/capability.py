@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 
 import jwt
 
@@ -62,15 +63,23 @@ def verify(key: str, token: str) -> Capability:
         CapabilityInvalid: not signed by `key`, not meant for storage, not whole, or expired.
     """
     try:
-        claims = jwt.decode(
-            token,
-            key,
-            algorithms=["HS256"],
-            audience=AUDIENCE,
-            options={"require": ["exp", "aud", "task", "attempt", "user", "inputs", "max_bytes"]},
-        )
+        granted = _granted(key, token)
     except jwt.InvalidTokenError:
-        raise CapabilityInvalid("The capability is not valid, or no longer; claim the task again.") from None
+        granted = None
+    if granted is None or granted.expire_time <= datetime.now(UTC):
+        raise CapabilityInvalid("The capability is not valid, or no longer; claim the task again.")
+    return granted
+
+
+@lru_cache(maxsize=1000)  # each is shown about three times within a second
+def _granted(key: str, token: str) -> Capability:
+    claims = jwt.decode(
+        token,
+        key,
+        algorithms=["HS256"],
+        audience=AUDIENCE,
+        options={"require": ["exp", "aud", "task", "attempt", "user", "inputs", "max_bytes"]},
+    )
     return Capability(
         task_id=claims["task"],
         attempt=claims["attempt"],

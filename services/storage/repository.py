@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Delete, Row, bindparam, delete, func, select, update
+from sqlalchemy import BindParameter, ColumnElement, Row, bindparam, delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from mesh import idempotency, ids, inbox, lock
@@ -31,6 +31,18 @@ from services.storage.tables import debt, file, idempotency_table, inbox_table, 
 SOME = 100  # rows that one round of upkeep takes at most, so that a round stays short
 EVENTS_KEPT = timedelta(days=7)  # far longer than the broker redelivers
 
+
+def _visible(user_id: str | BindParameter[str], file_id: str | BindParameter[str]) -> ColumnElement[bool]:
+    return (file.c.file_id == file_id) & (file.c.user_id == user_id) & file.c.ready
+
+
+# Made once, as all that is sent for each result: making a statement costs as much as sending it.
+_GET = select(file).where(_visible(bindparam("of_user"), bindparam("key")))
+_READY = update(file).where(file.c.file_id == bindparam("key")).values(ready=True).returning(*file.c)
+_MADE = (
+    select(file).where(file.c.work == bindparam("key"), file.c.ready).order_by(file.c.create_time.desc()).limit(SOME)
+)
+_RELEASE = delete(making).where(making.c.task_id == bindparam("of_task"), making.c.attempt == bindparam("of_attempt"))
 _CONFIRM = (
     update(file)
     .where(file.c.file_id == bindparam("key"), file.c.task_id == bindparam("of_task"))
@@ -64,15 +76,14 @@ class SqlFiles:
 
     async def finish(self, file_id: str) -> File | None:
         async with self._database.transaction() as connection:
-            ready = update(file).where(file.c.file_id == file_id).values(ready=True).returning(*file.c)
-            row = (await connection.execute(ready)).one_or_none()
+            row = (await connection.execute(_READY, {"key": file_id})).one_or_none()
             if row is None:
                 return None
             finished = _from_row(row)
             if finished.origin is not None and (
                 finished.origin.count == 1 or await _is_complete(connection, finished.task_id, finished.attempt)
             ):
-                await connection.execute(_released(finished.task_id, finished.attempt))
+                await _release(connection, finished.task_id, finished.attempt)
             return finished
 
     async def take(self, work: Work, lease_seconds: float) -> tuple[Turn, Sequence[File]]:
@@ -86,7 +97,7 @@ class SqlFiles:
                 # The turn before the results: whoever makes them has it until they are there.
                 if (await connection.execute(new)).one_or_none() is not None:
                     if taken := await _taken(connection, work):
-                        await connection.execute(_released(work.task_id, work.attempt))
+                        await _release(connection, work.task_id, work.attempt)
                         return Turn.TAKE, taken
                     return Turn.MAKE, []
                 await advisory_lock(connection, work.key)  # of those who find it taken, one at a time decides
@@ -104,7 +115,7 @@ class SqlFiles:
 
     async def release(self, task_id: str, attempt: int) -> None:
         async with self._database.statement() as connection:
-            await connection.execute(_released(task_id, attempt))
+            await _release(connection, task_id, attempt)
 
     async def undo(self, file_id: str) -> bool:
         async with self._database.transaction() as connection:
@@ -118,8 +129,8 @@ class SqlFiles:
 
     async def get(self, user_id: str, file_id: str) -> File:
         async with self._database.query() as connection:
-            found = await _one(connection, _visible(user_id, file_id))
-        return _required(found, file_id)
+            row = (await connection.execute(_GET, {"key": file_id, "of_user": user_id})).one_or_none()
+        return _required(None if row is None else _from_row(row), file_id)
 
     async def some(self, user_id: str, file_ids: Collection[str]) -> Sequence[File]:
         rows = select(file).where(
@@ -245,13 +256,14 @@ async def _is_complete(connection: AsyncConnection, task_id: str | None, attempt
 
 async def _taken(connection: AsyncConnection, work: Work) -> Sequence[File]:
     """Begin files of the contents that equal work has made; none when they are not all here."""
-    made = select(file).where(file.c.work == work.key, file.c.ready).order_by(file.c.create_time.desc()).limit(SOME)
-    found = complete([_from_row(row) for row in await connection.execute(made)])
+    found = complete([_from_row(row) for row in await connection.execute(_MADE, {"key": work.key})])
+    if not found:
+        return []
     for sha256 in sorted({each.sha256 for each in found}):
         await advisory_lock(connection, sha256)  # see `unused`
     # Once more, under their locks: a content whose last row went meanwhile may be gone.
     again = select(func.count()).where(file.c.file_id.in_([each.file_id for each in found]), file.c.ready)
-    if not found or (await connection.execute(again)).scalar_one() < len(found):
+    if (await connection.execute(again)).scalar_one() < len(found):
         return []
     return [
         await _begun(
@@ -275,12 +287,8 @@ async def _taken(connection: AsyncConnection, work: Work) -> Sequence[File]:
     ]
 
 
-def _released(task_id: str | None, attempt: int | None) -> Delete:
-    return delete(making).where(making.c.task_id == task_id, making.c.attempt == attempt)
-
-
-def _visible(user_id: str, file_id: str) -> ColumnElement[bool]:
-    return (file.c.file_id == file_id) & (file.c.user_id == user_id) & file.c.ready
+async def _release(connection: AsyncConnection, task_id: str | None, attempt: int | None) -> None:
+    await connection.execute(_RELEASE, {"of_task": task_id, "of_attempt": attempt})
 
 
 def _of_attempt(task_id: str | None, attempt: int | None) -> ColumnElement[bool]:
