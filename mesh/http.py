@@ -9,8 +9,8 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from math import ceil
 
 import uvicorn
@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mesh import admission, status, telemetry, urls
@@ -34,6 +35,29 @@ LINGER_SECONDS = 30.0
 SENDING_PAUSE_SECONDS = 1.0  # of a sender that waits for an answer
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class Streamed(Response):
+    """An answer in pieces; when the caller goes away no more of them are made.
+
+    Starlette's own has two more tasks for each answer, one of which waits for what the connection here knows.
+    """
+
+    def __init__(self, pieces: AsyncGenerator[bytes], status_code: int, headers: Mapping[str, str]) -> None:
+        self._pieces = pieces
+        self.status_code = status_code
+        self.background = None
+        self.init_headers(headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        gone = scope["state"]["gone"]
+        async with aclosing(self._pieces) as pieces:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for piece in pieces:
+                if gone.done():
+                    return
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class RouteNotFound(NotFound):
@@ -188,6 +212,7 @@ class _Config(uvicorn.Config):
             log_config=None,
             access_log=False,
             lifespan="off",
+            proxy_headers=False,  # its peers are of the mesh
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=ceil(drain_seconds),  # it takes whole ones
         )

@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -61,7 +61,7 @@ class FolderBlobs:
         with _disk_errors_told():
             await asyncio.to_thread(incoming.move, self._path(incoming.sha256))
 
-    async def read(self, sha256: str, start: int, stop: int) -> AsyncIterator[bytes]:
+    async def read(self, sha256: str, start: int, stop: int) -> AsyncGenerator[bytes]:
         try:
             source = await asyncio.to_thread(self._path(sha256).open, "rb")
         except FileNotFoundError:  # deleted since its row was read
@@ -147,7 +147,7 @@ def _disk_errors_told() -> Iterator[None]:
         ) from error
 
 
-async def _read(source: BinaryIO, start: int, stop: int) -> AsyncIterator[bytes]:
+async def _read(source: BinaryIO, start: int, stop: int) -> AsyncGenerator[bytes]:
     with source:
         source.seek(start)
         while start < stop:

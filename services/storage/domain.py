@@ -6,7 +6,7 @@ import hashlib
 import json
 import unicodedata
 from collections import defaultdict
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -172,7 +172,7 @@ class Blobs(Protocol):
     async def keep(self, incoming: Incoming) -> None:
         """Make the bytes last. Raises StorageFull."""
 
-    async def read(self, sha256: str, start: int, stop: int) -> AsyncIterator[bytes]:
+    async def read(self, sha256: str, start: int, stop: int) -> AsyncGenerator[bytes]:
         """Open the bytes from `start` up to `stop`; what is open stays readable. Raises FileNotFound."""
 
     async def remove(self, sha256: str) -> None:

@@ -10,12 +10,12 @@ from urllib.parse import quote
 from atelier.storage.v1 import storage_pb2 as pb
 from google.protobuf import json_format
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from mesh import bounds, capability, context, ids
 from mesh.capability import Capability
 from mesh.errors import InvalidArgument, RangeNotSatisfiable
-from mesh.http import Endpoint
+from mesh.http import Endpoint, Streamed
 from services.storage.convert import file_to_proto, origin_from
 from services.storage.domain import Blobs, File, Files, NewFile, Work, require_name, require_not_empty, require_size
 from services.storage.keeping import Keeping
@@ -139,7 +139,7 @@ class BytesEndpoints:
         if request.method == "HEAD":
             return Response(headers=headers)
         content = await self._blobs.read(file.sha256, start, stop)
-        return StreamingResponse(content, status_code=206 if wanted else 200, headers=headers)
+        return Streamed(content, 206 if wanted else 200, headers)
 
 
 def byte_range(header: str, size_bytes: int) -> tuple[int, int] | None:

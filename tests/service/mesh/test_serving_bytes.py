@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
@@ -265,11 +265,14 @@ async def test_a_caller_that_goes_away_in_its_upload_is_no_bug(caplog) -> None:
     assert bugs(caplog) == []
 
 
-async def test_a_caller_that_goes_away_in_its_download_is_no_bug(caplog) -> None:
+@pytest.mark.parametrize(
+    "answer", [StreamingResponse, lambda pieces: http_listener.Streamed(pieces, 200, {})], ids=["Starlette's", "ours"]
+)
+async def test_a_caller_that_goes_away_in_its_download_is_no_bug(caplog, answer) -> None:
     caplog.set_level(logging.INFO)
     ended = asyncio.Event()
 
-    async def blocks() -> AsyncIterator[bytes]:
+    async def blocks() -> AsyncGenerator[bytes]:
         try:
             while True:
                 yield b"x" * 65536
@@ -278,7 +281,7 @@ async def test_a_caller_that_goes_away_in_its_download_is_no_bug(caplog) -> None
             ended.set()
 
     async def give(request: Request) -> Response:
-        return StreamingResponse(blocks())
+        return answer(blocks())
 
     async with listening(give, CONTENT) as client:
         async with raw(client, "GET /api/v1/files/fil_1/content HTTP/1.1") as (reader, _):
