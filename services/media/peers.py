@@ -76,15 +76,19 @@ class Storage:
             StorageUnavailable: no instance took it.
             MeshError: what storage refused it with.
         """
+        size_bytes, content = await asyncio.to_thread(_small, written.path)
         headers = self._headers(capability) | {
             "content-type": written.format.content_type,
-            "content-length": str((await asyncio.to_thread(written.path.stat)).st_size),
+            "content-length": str(size_bytes),
         }
         parameters = {"name": name, "index": str(index), "name_ending": name_ending(written), **made_of}
 
         async def write(base: str) -> str:
             async with self._client.post(
-                f"{base}/internal/v1/results", params=parameters, headers=headers, data=_chunks(written.path)
+                f"{base}/internal/v1/results",
+                params=parameters,
+                headers=headers,
+                data=_chunks(written.path) if content is None else content,
             ) as response:
                 await _require_success(response)
                 return str((await response.json())["fileId"])
@@ -159,6 +163,12 @@ def _refusal(code: int, body: bytes) -> MeshError:
         return status.from_status(json_format.Parse(body, status_pb2.Status(), ignore_unknown_fields=True))
     except (UnicodeDecodeError, json_format.ParseError):
         return Internal(f"Storage answered {code} in a way that makes no sense.")
+
+
+def _small(path: Path) -> tuple[int, bytes | None]:
+    """Return how long a file is, in bytes, and its content if that is one chunk: most results are."""
+    size_bytes = path.stat().st_size
+    return size_bytes, path.read_bytes() if size_bytes <= CHUNK_BYTES else None
 
 
 async def _chunks(path: Path) -> AsyncIterator[bytes]:

@@ -137,9 +137,13 @@ class Slot:
 
     async def clear(self) -> None:
         """Empty the folders."""
-        for folder in (self.folder, self._root / "temporary"):
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+        await asyncio.to_thread(_empty, self.folder, self._root / "temporary")
+
+
+def _empty(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
 
 
 class Inference:
