@@ -52,7 +52,7 @@ BATCH = 500
 TOGETHER = 100  # messages that leave as one
 HELD = 2000  # messages in memory: two of the largest batches
 LEASE = timedelta(seconds=5)  # how long the messages of a killed replica wait for another; many times a batch's time
-REST_SECONDS = 0.02  # after little was sent
+REST_SECONDS = 0.05  # after little was sent
 POLL_SECONDS = 1.0  # finds what a killed replica left behind; everything else leaves at once
 SOON_SECONDS = 0.3  # another replica has sent what it holds, and deleted its row
 TIDY_SECONDS = 0.25  # rows of what was sent in this time are deleted together; after a crash they are sent again

@@ -135,7 +135,7 @@ class SqlTasks:
         self._hook_body = hook_body
         self._listeners: tuple[Callable[[str], None], ...] = ()
         self._adopted = Together[idempotency.Request, idempotency.Adopted](
-            self._adopt_together, at_most=TOGETHER, rest_seconds=REST_SECONDS
+            self._adopt_together, at_most=TOGETHER, rest_seconds=0
         )
         self._added = Together[_New, Task](self._add_together, at_most=TOGETHER, rest_seconds=REST_SECONDS)
         self._changed = Together[_Wanted, Task](self._change_together, at_most=TOGETHER, rest_seconds=REST_SECONDS)

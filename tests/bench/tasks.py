@@ -39,7 +39,7 @@ from tests.photographs import photograph
 WORKERS = 2  # processes
 IN_HAND = 100  # tasks of a worker of ours at a time
 CLAIMED_TOGETHER = 50
-REST_SECONDS = 0.02
+REST_SECONDS = 0.05
 THREADS = 4  # of a worker process of Dramatiq
 BATCH = 1000
 JOBS = {"no-op": 0.0, "5 ms": 0.005}
