@@ -276,6 +276,7 @@ def _program(layout: Layout, process: Process, fingerprint: str) -> str:
     return f"""\
 [program:{process.name}]
 {f"user={process.user}" if process.user else ""}
+{f"directory={_percent(process.folder)}" if process.folder else ""}
 command={_percent(shlex.join((*bound, *process.command)))}
 environment={settings}
 autostart=false

@@ -64,6 +64,7 @@ class Process:
     stop_signal: str = "TERM"
     stops_children: bool = True
     user: str | None = None  # as whom it runs, if not as ourselves
+    folder: Path | None = None  # where it runs, if not in the root
 
 
 @dataclass(frozen=True)
@@ -365,6 +366,7 @@ def processes(
             sources=(str(layout.configs / "rabbitmq.conf"),),
             address=f"127.0.0.1:{layout.broker_port}",
             stop_seconds=30,  # it closes its queues; a broker killed in that has to recover them
+            folder=layout.var / "rabbitmq",  # a broken start leaves a dump behind
         ),
         *(databases if layout.database == POSTGRESQL else ()),
         Process(
