@@ -28,7 +28,7 @@ from scripts.local import postgresql
 from scripts.local.layout import BIN, ROOT, Layout, mesh_environment
 from services.media.config import WorkerConfig
 from services.media.worker.capacity import CPU
-from services.media.worker.tasks import COMPLETED_REST_SECONDS, QUEUES, completed
+from services.media.worker.tasks import QUEUES, completed
 from tests.bench.peers import python_with
 from tests.bench.report import Figures, arguments, tell
 from tests.eventually import eventually
@@ -72,7 +72,7 @@ class NoOps:
         self._seconds = seconds
         self._room = IN_HAND
         self._freed = asyncio.Event()
-        self._complete = Together(partial(completed, tasks), at_most=IN_HAND, rest_seconds=COMPLETED_REST_SECONDS)
+        self._complete = Together(partial(completed, tasks), at_most=IN_HAND, rest_seconds=REST_SECONDS)
 
     async def run(self, permits: asyncio.Queue[asyncio.Future[None]]) -> None:
         async with asyncio.TaskGroup() as group:

@@ -31,7 +31,6 @@ RENEW_SECONDS = 1.0  # also how soon a cancelled task is noticed
 RENEW_AT_MOST_EVERY_SECONDS = 0.5
 RETRY_SECONDS = 0.3
 COMPLETED_TOGETHER = 100
-COMPLETED_REST_SECONDS = 0.05
 # Shares of the bar: most of a task's time is the operation itself.
 DOWNLOADED, PROCESSED = 0.1, 0.9
 
@@ -102,9 +101,7 @@ class Worker:
         self._working: set[asyncio.Task[None]] = set()
         self._permits = 0  # in hand, waiting for a slot
         self._promising: set[str] = set()  # pools that had more when they were last asked
-        self._completed = Together(
-            partial(completed, tasks), at_most=COMPLETED_TOGETHER, rest_seconds=COMPLETED_REST_SECONDS
-        )
+        self._completed = Together(partial(completed, tasks), at_most=COMPLETED_TOGETHER, rest_seconds=0)
         self._free: asyncio.Queue[Slot | None] = asyncio.Queue()  # None wakes who waits for a slot when draining
         for slot in slots:
             self._free.put_nowait(slot)
