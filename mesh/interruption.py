@@ -61,11 +61,11 @@ class _Cursor(aiosqlite.Cursor):
         self._rows: list[Any] = []
 
     async def execute(self, sql: str, parameters: Any = None) -> _Cursor:
-        self._rows = await self._execute(self._all_rows, sql, parameters or ())  # type: ignore[no-untyped-call]
+        self._rows = await self._execute(self._all_rows, sql, parameters or ())  # type: ignore[no-untyped-call]  # the driver's own
         return self
 
     async def executemany(self, sql: str, parameters: Any) -> _Cursor:
-        await self._execute(self._all_done, sql, parameters)  # type: ignore[no-untyped-call]
+        await self._execute(self._all_done, sql, parameters)  # type: ignore[no-untyped-call]  # likewise
         return self
 
     async def fetchall(self) -> list[Any]:

@@ -291,24 +291,10 @@ class SqlTasks:
             return {row.task_id: (row.sequence, _progress(row)) for row in rows}
 
     async def lapsed(self, limit: int) -> list[str]:
-        found = (
-            select(task_table.c.task_id)
-            .where(RUNNING, task_table.c.lease_time < clock())
-            .order_by(task_table.c.lease_time)
-            .limit(limit)
-        )
-        async with self._database.query() as connection:
-            return list((await connection.execute(found)).scalars())
+        return await self._past(RUNNING, task_table.c.lease_time, limit)
 
     async def late(self, limit: int) -> list[str]:
-        found = (
-            select(task_table.c.task_id)
-            .where(UNENDED, task_table.c.deadline_time < clock())
-            .order_by(task_table.c.deadline_time)
-            .limit(limit)
-        )
-        async with self._database.query() as connection:
-            return list((await connection.execute(found)).scalars())
+        return await self._past(UNENDED, task_table.c.deadline_time, limit)
 
     async def overdue(self, pool: str, waited: timedelta) -> int:
         due = _due(pool, clock(-waited))
@@ -343,6 +329,12 @@ class SqlTasks:
                 members = exists().where(task_table.c.batch_id == batch_table.c.batch_id)
                 await connection.execute(delete(batch_table).where(batch_table.c.batch_id.in_(batch_ids), ~members))
         return len(task_ids)
+
+    async def _past(self, which: TextClause, time: Column[datetime], limit: int) -> list[str]:
+        """Return tasks whose `time` is over, the longest over first."""
+        found = select(task_table.c.task_id).where(which, time < clock()).order_by(time).limit(limit)
+        async with self._database.query() as connection:
+            return list((await connection.execute(found)).scalars())
 
     def _committed(self, task_id: str) -> None:
         for listener in self._listeners:

@@ -9,14 +9,14 @@ import eventlet
 eventlet.monkey_patch()
 
 import json  # noqa: E402 - what nameko uses must be patched before it is imported
-import os  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
+import os  # noqa: E402 - likewise
+import sys  # noqa: E402 - likewise
+import time  # noqa: E402 - likewise
 
-from nameko import config  # noqa: E402
-from nameko.containers import ServiceContainer  # noqa: E402
-from nameko.rpc import ServiceRpc, rpc  # noqa: E402
-from nameko.testing.services import once  # noqa: E402
+from nameko import config  # noqa: E402 - likewise
+from nameko.containers import ServiceContainer  # noqa: E402 - likewise
+from nameko.rpc import ServiceRpc, rpc  # noqa: E402 - likewise
+from nameko.testing.services import once  # noqa: E402 - likewise
 
 WORKERS = 64  # more than there are callers, so that no call waits for one
 

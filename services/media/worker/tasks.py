@@ -158,7 +158,9 @@ class Worker:
             for pool in pools:
                 sent_at = time.monotonic()
                 claim = await self._tasks.ClaimTask(task_pb2.ClaimTaskRequest(pool=pool, worker_id=self._worker_id))
-                (self._promising.add if claim.more else self._promising.discard)(pool)
+                self._promising.discard(pool)
+                if claim.more:
+                    self._promising.add(pool)
                 if claim.HasField("assignment"):
                     crash.point("worker: claimed")
                     lease = Lease(claim.assignment, sent_at)

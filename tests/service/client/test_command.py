@@ -503,7 +503,7 @@ async def test_quotas_are_audited(person: Person, installation: Installation) ->
     assert (wrong, told.decode().splitlines()) == (
         1,
         [
-            "usr_ada, tasks 2026-11: counted 2 used + 1 reserved, ledger 1 used + 0 reserved, reservations 0 used + 0 reserved",  # noqa: E501
+            "usr_ada, tasks 2026-11: counted 2 used + 1 reserved, ledger 1 used + 0 reserved, reservations 0 used + 0 reserved",  # noqa: E501 - one line of output
             "tsk_1/1: is BOUND, its task wants it SETTLED",
             "Drift 1. 51 reservations compared with their tasks, 1 differ.",
         ],

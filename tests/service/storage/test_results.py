@@ -1,6 +1,7 @@
 import pytest
 from atelier.storage.v1 import storage_pb2
 from atelier.task.v1 import events_pb2, task_pb2
+from atelier.user.v1 import user_pb2
 
 from mesh.broker import Delivery
 from mesh.errors import FailedPrecondition, NotFound, PermissionDenied
@@ -40,6 +41,14 @@ async def test_a_result_is_its_owners_at_once_and_listed_when_the_task_took_it(w
     assert (found.task_id, found.size_bytes) == ("tsk_1", 6)
     assert (before, await listed(world)) == ([], [result["fileId"]])
     assert world.users.used == {result["fileId"]: 6}
+
+
+async def test_a_result_is_charged_by_a_user_service_that_only_sets_aside(world):
+    world.users.is_old = True
+
+    result = (await write(world)).json()
+
+    assert world.users.reservations[result["fileId"]].state == user_pb2.Reservation.STATE_SETTLED
 
 
 async def test_a_result_written_again_answers_the_first_file_and_is_charged_once(world):

@@ -39,13 +39,14 @@ class QuotaExceeded(ResourceExhausted):
 
 
 class Users(user_pb2_grpc.UserServiceServicer):
-    """Keeps reservations as the user service promises to; `away` makes it unreachable."""
+    """Keeps reservations as the user service promises to; `away`: out of reach, `is_old`: knows no charge at once."""
 
     def __init__(self) -> None:
         self.limit = 10 * LIMIT_BYTES
         self.reservations: dict[str, user_pb2.Reservation] = {}
         self.amounts: dict[str, int] = {}
         self.away = False
+        self.is_old = False
 
     @property
     def used(self) -> dict[str, int]:
@@ -65,7 +66,7 @@ class Users(user_pb2_grpc.UserServiceServicer):
                 reservation_id=request.reservation_id, state=user_pb2.Reservation.STATE_HELD
             )
             self.amounts[request.reservation_id] = request.amount
-        if request.charge:
+        if request.charge and not self.is_old:
             self.reservations[request.reservation_id].state = user_pb2.Reservation.STATE_SETTLED
         return self.reservations[request.reservation_id]
 

@@ -20,7 +20,7 @@ from atelier.task.v1.webhook_pb2_grpc import WebhookServiceStub, add_WebhookServ
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 
 from mesh import database, lock, wire
-from mesh.errors import MeshError, NotFound, ResourceExhausted, Unavailable
+from mesh.errors import MeshError, NotFound, ResourceExhausted, Unavailable, Unimplemented
 from mesh.outbox import Message, Outbox
 from mesh.service import READER_SECONDS
 from services.task import convert
@@ -56,6 +56,7 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
 
     def __init__(self) -> None:
         self.failure: Exception | None = None
+        self.is_old = False
         self.types = {PHOTO: "image/jpeg", MARK: "image/png", TEXT: "text/plain"}
 
     async def StatFile(self, request, _):
@@ -68,6 +69,8 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
     async def StatFiles(self, request, _):
         if self.failure:
             raise self.failure
+        if self.is_old:
+            raise Unimplemented("A release of before this call.")
         known = self.types if request.user_id == OWNER else {}
         return storage_pb2.StatFilesResponse(
             files=[

@@ -40,6 +40,17 @@ async def test_a_batch_makes_its_tasks_in_order_each_with_its_own_reservation(re
     assert (sent.count("atelier.task.v1.TaskCreated"), sent.count("media.cpu")) == (3, 3)
 
 
+async def test_a_batch_is_made_with_a_storage_service_that_does_not_know_of_several_files_in_a_call(
+    replica: Replica, storage: Storage
+):
+    storage.is_old = True
+
+    made = await replica.user().CreateTaskBatch(batch(resized(), resized(MARK)))
+    refusal = await refused(replica.user().CreateTaskBatch(batch(resized(), resized(TEXT))))
+
+    assert (made.task_count, refusal.reason, refusal.metadata["index"]) == (2, "INPUT_UNSUPPORTED", "1")
+
+
 async def test_a_batch_is_as_far_as_its_tasks_together(replica: Replica):
     made = await replica.user().CreateTaskBatch(batch(*(resized() for _ in range(4))))
     done, broken, half = [await replica.claimed() for _ in range(3)]
