@@ -52,7 +52,7 @@ BATCH = 500
 TOGETHER = 100  # messages that leave as one
 HELD = 2000  # messages in memory: two of the largest batches
 LEASE = timedelta(seconds=5)  # how long the messages of a killed replica wait for another; many times a batch's time
-REST_SECONDS = 0.05  # after little was sent
+REST_SECONDS_EACH, MAX_REST_SECONDS = 0.02, 0.25  # after a message was sent, of a round of them: the next gather
 POLL_SECONDS = 1.0  # finds what a killed replica left behind; everything else leaves at once
 SOON_SECONDS = 0.3  # another replica has sent what it holds, and deleted its row
 TIDY_SECONDS = 0.25  # rows of what was sent in this time are deleted together; after a crash they are sent again
@@ -201,7 +201,7 @@ class Outbox:
                     continue
                 failures = 0
                 if 0 < found < TOGETHER:
-                    await asyncio.sleep(REST_SECONDS)  # what comes meanwhile leaves together
+                    await asyncio.sleep(min(REST_SECONDS_EACH * found, MAX_REST_SECONDS))
                 elif not found:
                     with suppress(TimeoutError):
                         async with asyncio.timeout_at(min(self._look_time, self._tidy_time)):

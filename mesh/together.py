@@ -1,4 +1,4 @@
-"""Calls that come while one is under way, or just was, wait and are then done together: one transaction for many."""
+"""Calls that come while one is under way wait and are then done together: one transaction for many."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ Result = TypeVar("Result")
 class Together(Generic[Item, Result]):
     """Does items, those that wait at the same time in one go. Whoever is alone waits for nobody.
 
-    Without a rest what comes at a middling rate would be done one by one, and cost as much as twice the rate does.
-
     Args:
         do: does some items and returns, in order, what became of each; an exception is raised to that item's caller.
             When it raises itself, that is raised to all.
         at_most: items in one go.
-        rest_seconds: how long those that come after a go wait for each other, unless there are `at_most`.
     """
 
     def __init__(
@@ -29,11 +26,9 @@ class Together(Generic[Item, Result]):
         do: Callable[[Sequence[Item]], Awaitable[Sequence[Result | Exception]]],
         *,
         at_most: int,
-        rest_seconds: float,
     ) -> None:
         self._do = do
         self._at_most = at_most
-        self._rest_seconds = rest_seconds
         self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
         self._present: Sequence[asyncio.Future[Result]] = ()  # who waits for what is being done
         self._doing: asyncio.Task[Sequence[Result | Exception]] | None = None
@@ -75,8 +70,6 @@ class Together(Generic[Item, Result]):
                     waiter.set_exception(result)
                 else:
                     waiter.set_result(result)
-            if len(self._waiting) < self._at_most:
-                await asyncio.sleep(self._rest_seconds)
 
     async def _outcomes(self, items: Sequence[Item]) -> Sequence[Result | Exception]:
         try:

@@ -77,20 +77,26 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         user = context.user()
         webhook_url = await self._hooks.taken(request.webhook_url, user.user_id)
         task_id = ids.new("tsk")
-        if request.request_id:
-            # From here on every call with this key works on one task: the first to come through makes it, and what
-            # a crash left half done the next one finishes.
-            fingerprint = convert.fingerprint(request)
-            key = request.request_id
-            task_id, first = await self._tasks.adopt(user.user_id, "CreateTask", key, fingerprint, task_id)
-            crash.point("create: key kept")
-            present = None if first else await self._tasks.find(task_id)
-            if present is not None:
-                return convert.task_to_proto(present)
-
         file_ids = tuple(dict.fromkeys(bounds.file_references(request)))
-        for file_id in file_ids:
-            await self._require_supported(file_id, user.user_id)
+        # Storage is asked while the key is decided; what it says counts only afterwards.
+        refusals = asyncio.gather(
+            *(self._require_supported(file_id, user.user_id) for file_id in file_ids), return_exceptions=True
+        )
+        try:
+            if request.request_id:
+                # From here on every call with this key works on one task: the first to come through makes it, and what
+                # a crash left half done the next one finishes.
+                fingerprint = convert.fingerprint(request)
+                key = request.request_id
+                task_id, first = await self._tasks.adopt(user.user_id, "CreateTask", key, fingerprint, task_id)
+                crash.point("create: key kept")
+                present = None if first else await self._tasks.find(task_id)
+                if present is not None:
+                    return convert.task_to_proto(present)
+            for refusal in filter(None, await refusals):
+                raise refusal
+        finally:
+            refusals.cancel()
         crash.point("create: file known")
 
         step = partial(

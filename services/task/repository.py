@@ -75,7 +75,6 @@ from services.task.webhooks import (
 )
 
 TOGETHER = 100  # in one transaction
-REST_SECONDS = 0.01  # after one, in which the next gathers
 _MICROSECOND = timedelta(microseconds=1)
 # Change between events, too.
 _UNTOLD = frozenset({"progress_fraction", "progress_stage", "lease_time", "update_time"})
@@ -88,6 +87,9 @@ _LOCK = (
     .where(task_table.c.task_id.in_(bindparam("task_ids", expanding=True)))
     .order_by(task_table.c.task_id)
     .with_for_update()
+)
+_HEARING = select(webhook_table.c.user_id).where(
+    webhook_table.c.user_id.in_(bindparam("user_ids", expanding=True)), webhook_table.c.url.is_not(None)
 )
 _LOCK_TURNS = (
     select(taking_turns)
@@ -134,11 +136,9 @@ class SqlTasks:
         self._encode = encode
         self._hook_body = hook_body
         self._listeners: tuple[Callable[[str], None], ...] = ()
-        self._adopted = Together[idempotency.Request, idempotency.Adopted](
-            self._adopt_together, at_most=TOGETHER, rest_seconds=0
-        )
-        self._added = Together[_New, Task](self._add_together, at_most=TOGETHER, rest_seconds=REST_SECONDS)
-        self._changed = Together[_Wanted, Task](self._change_together, at_most=TOGETHER, rest_seconds=REST_SECONDS)
+        self._adopted = Together[idempotency.Request, idempotency.Adopted](self._adopt_together, at_most=TOGETHER)
+        self._added = Together[_New, Task](self._add_together, at_most=TOGETHER)
+        self._changed = Together[_Wanted, Task](self._change_together, at_most=TOGETHER)
 
     def after_commit(self, *listeners: Callable[[str], None]) -> None:
         """Call each of `listeners` with a task's id after every change of it from now on."""
@@ -434,10 +434,7 @@ class SqlTasks:
     async def _owe(self, connection: AsyncConnection, tasks: Sequence[Task]) -> None:
         """Put the ends of tasks on their way to the webhooks that hear of them."""
         silent = {task.user_id for task in tasks if task.webhook_url is None}
-        of_account = select(webhook_table.c.user_id).where(
-            webhook_table.c.user_id.in_(silent), webhook_table.c.url.is_not(None)
-        )
-        hearing = set((await connection.execute(of_account)).scalars()) if silent else set()
+        hearing = set((await connection.execute(_HEARING, {"user_ids": [*silent]})).scalars()) if silent else set()
         owed = []
         for task in tasks:
             if task.webhook_url is not None or task.user_id in hearing:

@@ -79,10 +79,35 @@ ASKED_AT_ONCE = 100
 RESERVED_TOGETHER = 100
 """Calls whose reservations are made in one transaction."""
 
-REST_SECONDS = 0.01
-"""After one, in which the next gathers."""
-
+# Made once, as all that is sent for each task: making a statement costs as much as sending it. Locks are taken in one
+# order: two who lock the same rows wait and do not meet crosswise.
+_LOCK_ACCOUNTS = (
+    select(account_table)
+    .where(account_table.c.user_id.in_(bindparam("user_ids", expanding=True)))
+    .order_by(account_table.c.user_id)
+    .with_for_update()
+)
+_LOCK_RESERVATIONS = (
+    select(reservation)
+    .where(reservation.c.reservation_id.in_(bindparam("reservation_ids", expanding=True)))
+    .order_by(reservation.c.reservation_id)
+    .with_for_update()
+)
+_INSERT_RESERVATION = insert(reservation)
 _UPDATE_RESERVATION = update(reservation).where(reservation.c.reservation_id == bindparam("key"))
+_INSERT_ENTRY = insert(ledger)
+_COUNT = (
+    update(counter)
+    .where(
+        counter.c.user_id == bindparam("of_user"),
+        counter.c.kind == bindparam("of_kind"),
+        counter.c.period == bindparam("of_period"),
+    )
+    .values(used=counter.c.used + bindparam("more_used"), reserved=counter.c.reserved + bindparam("more_reserved"))
+)
+_COUNT_WITHIN = _COUNT.where(
+    counter.c.used + counter.c.reserved + bindparam("more_used") + bindparam("more_reserved") <= bindparam("limit")
+)
 
 
 class SqlAccounts:
@@ -188,9 +213,7 @@ class SqlQuotas:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._reserved = Together[_Wanted, list[Reservation]](
-            self._reserve_together, at_most=RESERVED_TOGETHER, rest_seconds=REST_SECONDS
-        )
+        self._reserved = Together[_Wanted, list[Reservation]](self._reserve_together, at_most=RESERVED_TOGETHER)
 
     async def usage(self, user_id: str, now: datetime) -> Mapping[Kind, Usage]:
         async with self._database.reading() as connection:
@@ -355,16 +378,16 @@ async def _hold(
         raise exceeded(account, wanted.kind, usage, total, now)
     if released := [each.reservation_id for each in fresh if each.reservation_id in reservations]:
         await connection.execute(delete(reservation).where(_among(released)))
-    await connection.execute(insert(reservation), [_reservation_columns(each, now) for each in fresh])
+    await connection.execute(_INSERT_RESERVATION, [_reservation_columns(each, now) for each in fresh])
     used, reserved = _places(wanted.state, wanted.amount)
-    await connection.execute(insert(ledger), [_entry(each, used, reserved, now) for each in fresh])
+    await connection.execute(_INSERT_ENTRY, [_entry(each, used, reserved, now) for each in fresh])
     reservations |= {each.reservation_id: each for each in fresh}
 
 
 async def _accounts(connection: AsyncConnection, user_ids: Collection[str]) -> dict[str, Account]:
-    """Return accounts, locked, in one order: two who lock the same ones wait and do not meet crosswise."""
-    found = select(account_table).where(account_table.c.user_id.in_(user_ids)).order_by(account_table.c.user_id)
-    return {row.user_id: _from_row(row) for row in await connection.execute(found.with_for_update())}
+    """Return accounts, locked."""
+    found = await connection.execute(_LOCK_ACCOUNTS, {"user_ids": [*user_ids]})
+    return {row.user_id: _from_row(row) for row in found}
 
 
 async def _account(connection: AsyncConnection, user_id: str, *, lock: bool = False) -> Account:
@@ -376,8 +399,8 @@ async def _account(connection: AsyncConnection, user_id: str, *, lock: bool = Fa
 
 
 async def _reservations(connection: AsyncConnection, reservation_ids: Sequence[str]) -> dict[str, Reservation]:
-    found = select(reservation).where(_among(reservation_ids)).order_by(reservation.c.reservation_id).with_for_update()
-    return {row.reservation_id: _from_reservation_row(row) for row in await connection.execute(found)}
+    found = await connection.execute(_LOCK_RESERVATIONS, {"reservation_ids": reservation_ids})
+    return {row.reservation_id: _from_reservation_row(row) for row in found}
 
 
 async def _usage(connection: AsyncConnection, user_id: str, kind: Kind, period: str) -> Usage:
@@ -387,17 +410,12 @@ async def _usage(connection: AsyncConnection, user_id: str, kind: Kind, period: 
 
 async def _set_aside(connection: AsyncConnection, held: Reservation, total: int, limit: int) -> bool:
     """Add to what is reserved, or used, if it fits; one statement looks and adds."""
-    used, reserved = _places(held.state, total)
-    added = (
-        update(counter)
-        .where(*_counted(held.user_id, held.kind, held.period), counter.c.used + counter.c.reserved + total <= limit)
-        .values(used=counter.c.used + used, reserved=counter.c.reserved + reserved)
-    )
-    if (await connection.execute(added)).rowcount == 1:
+    more = {**_more((held.user_id, held.kind, held.period), *_places(held.state, total)), "limit": limit}
+    if (await connection.execute(_COUNT_WITHIN, more)).rowcount == 1:
         return True
     zero = {"user_id": held.user_id, "kind": held.kind, "period": held.period, "used": 0, "reserved": 0}
     first = await insert_if_absent(connection, counter, zero)
-    return first and (await connection.execute(added)).rowcount == 1
+    return first and (await connection.execute(_COUNT_WITHIN, more)).rowcount == 1
 
 
 def _places(state: State, amount: int) -> tuple[int, int]:
@@ -430,11 +448,9 @@ async def _move(
     if moved_ones:
         rows = [{"key": each, **_reservation_columns(of, now)} for each, of in moved_ones.items()]
         await connection.execute(_UPDATE_RESERVATION, rows)
-    for key, (used, reserved) in sorted(changes.items()):
-        new = {"used": counter.c.used + used, "reserved": counter.c.reserved + reserved}
-        await connection.execute(update(counter).where(*_counted(*key)).values(new))
-    if entries:
-        await connection.execute(insert(ledger), entries)
+    if changes:
+        await connection.execute(_COUNT, [_more(key, *change) for key, change in sorted(changes.items())])
+        await connection.execute(_INSERT_ENTRY, entries)
     return present
 
 
@@ -474,6 +490,12 @@ def _entry(of: Reservation, used: int, reserved: int, now: datetime) -> dict[str
 
 def _among(reservation_ids: Iterable[str]) -> ColumnElement[bool]:
     return reservation.c.reservation_id.in_(reservation_ids)
+
+
+def _more(key: tuple[str, Kind, str], used: int, reserved: int) -> dict[str, Any]:
+    """Return the values of `_COUNT`."""
+    own = dict(zip(("of_user", "of_kind", "of_period"), key, strict=True))
+    return {**own, "more_used": used, "more_reserved": reserved}
 
 
 def _counted(user_id: str, kind: Kind, period: str) -> tuple[Any, ...]:

@@ -72,7 +72,7 @@ class NoOps:
         self._seconds = seconds
         self._room = IN_HAND
         self._freed = asyncio.Event()
-        self._complete = Together(partial(completed, tasks), at_most=IN_HAND, rest_seconds=0)
+        self._complete = Together(partial(completed, tasks), at_most=IN_HAND)
 
     async def run(self, permits: asyncio.Queue[asyncio.Future[None]]) -> None:
         async with asyncio.TaskGroup() as group:

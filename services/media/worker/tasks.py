@@ -101,7 +101,7 @@ class Worker:
         self._working: set[asyncio.Task[None]] = set()
         self._permits = 0  # in hand, waiting for a slot
         self._promising: set[str] = set()  # pools that had more when they were last asked
-        self._completed = Together(partial(completed, tasks), at_most=COMPLETED_TOGETHER, rest_seconds=0)
+        self._completed = Together(partial(completed, tasks), at_most=COMPLETED_TOGETHER)
         self._free: asyncio.Queue[Slot | None] = asyncio.Queue()  # None wakes who waits for a slot when draining
         for slot in slots:
             self._free.put_nowait(slot)

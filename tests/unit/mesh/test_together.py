@@ -38,7 +38,7 @@ async def work() -> Work:
 
 
 async def test_those_that_wait_are_done_together_up_to_a_bound(work: Work) -> None:
-    together = Together(work, at_most=4, rest_seconds=0)
+    together = Together(work, at_most=4)
     first = asyncio.create_task(together(2))
     await eventually(lambda: work.goes)
     others = [asyncio.create_task(together(number)) for number in (4, 6, 8, 10, 12)]
@@ -50,22 +50,9 @@ async def test_those_that_wait_are_done_together_up_to_a_bound(work: Work) -> No
     assert work.goes == [[2], [4, 6, 8, 10], [12]]
 
 
-async def test_who_comes_soon_after_a_go_waits_for_its_like_and_who_is_alone_for_nobody(work: Work) -> None:
-    work.go_on.set()
-    together = Together(work, at_most=2, rest_seconds=0.2)
-
-    await asyncio.wait_for(together(2), 0.1)
-    soon = [asyncio.create_task(together(4))]
-    await asyncio.sleep(0.05)
-    soon.append(asyncio.create_task(together(6)))
-
-    assert await asyncio.gather(*soon) == [8, 12]
-    assert work.goes == [[2], [4, 6]]
-
-
 async def test_each_hears_of_its_own_failure_only(work: Work) -> None:
     work.go_on.set()
-    together = Together(work, at_most=4, rest_seconds=0)
+    together = Together(work, at_most=4)
 
     answers = await asyncio.gather(*map(together, (1, 2, 3)), return_exceptions=True)
 
@@ -75,7 +62,7 @@ async def test_each_hears_of_its_own_failure_only(work: Work) -> None:
 
 async def test_what_ends_all_is_told_to_all_and_the_next_go_on(work: Work) -> None:
     work.go_on.set()
-    together, work.failure = Together(work, at_most=4, rest_seconds=0), KeyError("all")
+    together, work.failure = Together(work, at_most=4), KeyError("all")
 
     answers = await asyncio.gather(*map(together, (2, 4)), return_exceptions=True)
     work.failure = None
@@ -85,7 +72,7 @@ async def test_what_ends_all_is_told_to_all_and_the_next_go_on(work: Work) -> No
 
 
 async def test_who_leaves_before_his_turn_is_not_done_and_later_disturbs_nobody(work: Work) -> None:
-    together = Together(work, at_most=4, rest_seconds=0)
+    together = Together(work, at_most=4)
     begun = asyncio.create_task(together(2))
     await eventually(lambda: work.goes)
     waiting, staying = asyncio.create_task(together(4)), asyncio.create_task(together(6))
@@ -109,7 +96,7 @@ async def test_what_everybody_has_left_is_broken_off_and_what_somebody_waits_for
         finally:
             ended.set()
 
-    together = Together(noted, at_most=4, rest_seconds=0)
+    together = Together(noted, at_most=4)
     leaving, staying = asyncio.create_task(together(2)), asyncio.create_task(together(4))
     await eventually(lambda: work.goes == [[2, 4]])
 
@@ -129,6 +116,6 @@ async def test_what_is_done_together_is_of_no_request(work: Work) -> None:
     work.go_on.set()
     request.set("the first one's")
 
-    await Together(work, at_most=4, rest_seconds=0)(2)
+    await Together(work, at_most=4)(2)
 
     assert work.requests == ["none"]
