@@ -52,7 +52,7 @@ BATCH = 500
 TOGETHER = 100  # messages that leave as one
 HELD = 2000  # messages in memory: two of the largest batches
 LEASE = timedelta(seconds=5)  # how long the messages of a killed replica wait for another; many times a batch's time
-REST_SECONDS_EACH, MAX_REST_SECONDS = 0.02, 0.25  # after a message was sent, of a round of them: the next gather
+REST_SECONDS_EACH, MAX_REST_SECONDS = 0.04, 0.25  # after a message was sent, of a round of them: the next gather
 POLL_SECONDS = 1.0  # finds what a killed replica left behind; everything else leaves at once
 SOON_SECONDS = 0.3  # another replica has sent what it holds, and deleted its row
 TIDY_SECONDS = 0.25  # rows of what was sent in this time are deleted together; after a crash they are sent again

@@ -142,7 +142,7 @@ async def fuzz(seed: int, *, seconds: float, cases: int | None, folder: Path, ke
     """
     told = Told()
     files = list(seeds().values())
-    slot = Slot(folder, memory_bytes=MEMORY_BYTES, seconds=lambda: SECONDS)
+    slot = Slot(folder, memory_bytes=MEMORY_BYTES, seconds=lambda: SECONDS, turns=asyncio.Semaphore(1))
     await slot.clear()
     until, number = time.monotonic() + seconds, 0
     try:

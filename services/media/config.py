@@ -37,8 +37,8 @@ class WorkerConfig(ServiceConfig):
     live: ClassVar[frozenset[str]] = ServiceConfig.live | {"job_seconds"}
     model_config = SettingsConfigDict(env_prefix="MEDIA_WORKER_")
 
-    slots: int = Field(default_factory=lambda: max(1, os.cpu_count() or 1), ge=1)
-    """Images that are worked on at a time, each by a process of its own."""
+    slots: int = Field(default_factory=lambda: 2 * (os.cpu_count() or 1), ge=1)
+    """Tasks that are worked on at a time; as many of them as there are cores compute, while others' bytes move."""
     job_seconds: int = Field(default=60, ge=1)
     """Longest time that one operation may take."""
     job_memory_bytes: int = 3 * 1024**3

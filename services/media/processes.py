@@ -61,11 +61,13 @@ class Slot:
         memory_bytes: int,
         weights_dir: Path | None = None,
         seconds: Callable[[], int],
+        turns: asyncio.Semaphore,
     ) -> None:
         self._root = folder
         self.folder = folder / "task"
         self.inference = inference
         self._seconds = seconds
+        self._turns = turns
         self._arguments = (str(memory_bytes), inference.address if inference else "", str(weights_dir or ""))
         self._process: Process | None = None
         self._jobs = 0
@@ -92,7 +94,7 @@ class Slot:
     async def run(
         self, operation: Work, source: Path, files: dict[str, Path], folder: Path, told: Callable[[float], None]
     ) -> Sequence[Written]:
-        """Do an operation in the child. Cancelling kills the child at once; the next job gets a new one.
+        """Do an operation in the child, when a core is free. Cancelling kills the child; the next job gets a new one.
 
         Args:
             operation: what to do.
@@ -106,6 +108,12 @@ class Slot:
             TimeLimitExceeded: it took too long.
             WorkerCrashed: the child died.
         """
+        async with self._turns:
+            return await self._run((operation, source, files, folder), told)
+
+    async def _run(
+        self, job: tuple[Work, Path, dict[str, Path], Path], told: Callable[[float], None]
+    ) -> Sequence[Written]:
         process, seconds = await self.start(), self._seconds()
         assert process.stdin is not None  # noqa: S101 - started with pipes
         assert process.stdout is not None  # noqa: S101 - likewise
@@ -113,7 +121,7 @@ class Slot:
         alive = False
         try:
             with contextlib.suppress(ConnectionError):  # it died: read what it said, and how
-                process.stdin.write(pickle.dumps((seconds, (operation, source, files, folder))))
+                process.stdin.write(pickle.dumps((seconds, job)))
                 await process.stdin.drain()
             while line := await process.stdout.readline():
                 message = json.loads(line)
@@ -121,7 +129,7 @@ class Slot:
                     told(message["progress"])
                     continue
                 alive = self._jobs < JOBS_PER_PROCESS and not _out_of_memory(message)
-                return _outcome(message, folder)
+                return _outcome(message, job[-1])
             raise _death(await process.wait(), seconds)
         finally:
             if not alive:
@@ -262,6 +270,7 @@ async def opened(config: Config | WorkerConfig) -> AsyncIterator[list[Slot]]:
     await asyncio.to_thread(shutil.rmtree, root, ignore_errors=True)
     # Renders need no models.
     inference = Inference(config) if isinstance(config, WorkerConfig) else None
+    turns = asyncio.Semaphore(os.cpu_count() or 1)  # more would only take longer each, and each has its time limit
     slots = [
         Slot(
             root / str(number),
@@ -269,6 +278,7 @@ async def opened(config: Config | WorkerConfig) -> AsyncIterator[list[Slot]]:
             memory_bytes=config.job_memory_bytes,
             weights_dir=config.weights_dir if isinstance(config, WorkerConfig) else None,
             seconds=lambda: config.job_seconds,
+            turns=turns,
         )
         for number in range(config.slots)
     ]

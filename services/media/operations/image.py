@@ -59,7 +59,7 @@ pyvips.operation_block_set("VipsForeignLoad", True)
 for _name in _LOADERS:
     pyvips.operation_block_set(_name, False)
 pyvips.cache_set_max(0)  # inputs of different tasks may stand under one path after another
-pyvips.concurrency_set(2)  # the slots of a worker use the other cores
+pyvips.concurrency_set(1)  # the slots of a worker use the other cores; a second thread makes no image sooner
 
 
 class Picture(ABC):
