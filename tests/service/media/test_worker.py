@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import signal
@@ -258,6 +259,23 @@ async def test_no_more_is_claimed_than_there_are_slots(start: Start):
     assert world.tasks.claims == 1
     world.tasks.lost.add(first)
     await eventually(lambda: second in world.tasks.completed)
+
+
+async def test_as_many_tasks_compute_as_there_are_cores_and_the_others_wait(start: Start, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    world = await start(slots=2)
+    computing = psutil.Process(world.slots[0].pid)
+
+    computing.suspend()
+    first = world.do(SHORT)
+    await eventually(lambda: f"may-{first}" in world.storage.reads)
+    second = world.do(SHORT)
+    await eventually(lambda: f"may-{second}" in world.storage.reads)
+    await asyncio.sleep(1)  # there is nothing to wait for: nothing happens
+    assert world.tasks.completed == {}
+
+    computing.resume()
+    await eventually(lambda: {first, second} <= set(world.tasks.completed))
 
 
 async def test_a_permit_without_a_task_is_used_up(start: Start):

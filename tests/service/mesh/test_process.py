@@ -123,6 +123,14 @@ GET = task_pb2.GetTaskRequest(task_id="tsk_1")
 WATCH = task_pb2.WatchTaskRequest(task_id="tsk_1")
 
 
+async def test_a_service_never_again_looks_for_garbage_in_what_its_start_made(tiny: Tiny) -> None:
+    stub = await tiny.stub()
+
+    kept = await stub.GetTask(task_pb2.GetTaskRequest(task_id="tsk_kept"))
+
+    assert int(kept.task_id) > 10_000
+
+
 async def test_health_is_what_the_dependencies_say_and_background_work_is_begun_again(tiny: Tiny) -> None:
     (tiny.folder / "down").touch()
     assert await tiny.health() == NOT_SERVING

@@ -6,6 +6,7 @@ A test tells it what to do, and hears what it did, by files in the folder.
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -27,6 +28,8 @@ class Tasks(task_pb2_grpc.TaskServiceServicer):
 
     async def GetTask(self, request, _):
         (self._folder / "entered").touch()
+        if request.task_id == "tsk_kept":
+            return task_pb2.Task(task_id=str(gc.get_freeze_count()))
         if request.task_id == "tsk_thread":
             await asyncio.to_thread(time.sleep, 600)
         await eventually((self._folder / "finish").exists)

@@ -57,9 +57,12 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
     def __init__(self) -> None:
         self.failure: Exception | None = None
         self.is_old = False
+        self.answers = asyncio.Event()
+        self.answers.set()
         self.types = {PHOTO: "image/jpeg", MARK: "image/png", TEXT: "text/plain"}
 
     async def StatFile(self, request, _):
+        await self.answers.wait()
         if self.failure:
             raise self.failure
         if request.user_id != OWNER or request.file_id not in self.types:

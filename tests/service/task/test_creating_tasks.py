@@ -70,6 +70,15 @@ async def test_a_repeated_key_answers_the_first_task_as_it_is_now(replica: Repli
     assert len(users.reserved) == 1
 
 
+async def test_a_repeated_key_needs_no_storage(replica: Replica, storage: Storage):
+    first = await replica.create(request_id="key")
+    storage.answers.clear()
+
+    second = await replica.create(request_id="key")
+
+    assert second == first
+
+
 async def test_the_idempotency_key_header_is_a_request_id(replica: Replica):
     calls = [replica.user(idempotency_key="key").CreateTask(resize()) for _ in range(2)]
 
