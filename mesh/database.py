@@ -26,7 +26,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Dialect,
-    Executable,
+    Insert,
     Table,
     delete,
     event,
@@ -149,9 +149,10 @@ class Database:
         self._readers = readers
         self._file = file
         # Of the same pools.
-        single = {"isolation_level": "AUTOCOMMIT"} if writer.dialect.name == "postgresql" else {}
-        self._single_writer = writer.execution_options(**single)
-        self._single_reader = readers.execution_options(**single, **{_ALONE: True})
+        is_postgresql = writer.dialect.name == "postgresql"
+        self._single_writer = writer.execution_options(**({"isolation_level": "AUTOCOMMIT"} if is_postgresql else {}))
+        self._snapshots = readers.execution_options(**({"isolation_level": "REPEATABLE READ"} if is_postgresql else {}))
+        self._single_reader = readers.execution_options(**{_ALONE: True})
 
     def transaction(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open a transaction that may write: committed at the end of the block, rolled back if it raises.
@@ -170,7 +171,7 @@ class Database:
         Raises:
             Unavailable: the database is away.
         """
-        return _begun(self._readers)
+        return _begun(self._snapshots)
 
     def statement(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open a connection each of whose statements is, with PostgreSQL, a transaction of its own.
@@ -278,15 +279,22 @@ def when_ended(connection: AsyncConnection, tell: Callable[[bool], None]) -> Non
     connection.info[_ENDED].append(tell)
 
 
-def insert(connection: AsyncConnection, table: Table) -> postgresql.Insert | sqlite.Insert:
-    """Return an INSERT that can say what to do ON CONFLICT."""
-    return (postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert)(table)
+def unless_there(connection: AsyncConnection, table: Table, *returned: Column[Any]) -> Insert:
+    """Return an INSERT that leaves alone what has one of its unique keys, and says these columns of what went in."""
+    return _unless_there(connection.dialect.name, table, *returned)
+
+
+@lru_cache
+def _unless_there(dialect: str, table: Table, *returned: Column[Any]) -> Insert:
+    # Made once: making a statement costs as much as sending it.
+    statement = (postgresql.insert if dialect == "postgresql" else sqlite.insert)(table).on_conflict_do_nothing()
+    return statement.returning(*returned) if returned else statement
 
 
 async def insert_if_absent(connection: AsyncConnection, table: Table, values: Mapping[str, Any]) -> bool:
     """Insert a row; return False, changing nothing, when one of its unique keys is already there."""
-    statement = insert(connection, table).on_conflict_do_nothing()
-    result = await connection.execute(statement, values, execution_options={"preserve_rowcount": True})
+    options = {"preserve_rowcount": True}
+    result = await connection.execute(unless_there(connection, table), values, execution_options=options)
     return result.rowcount == 1
 
 
@@ -296,14 +304,7 @@ async def insert_absent(
     """Insert those of `rows` whose unique keys are not there already; return their values of `key`."""
     if not rows:
         return set()
-    return set((await connection.execute(_insert_absent(connection.dialect.name, table, key), rows)).scalars())
-
-
-@lru_cache
-def _insert_absent(dialect: str, table: Table, key: Column[Any]) -> Executable:
-    # Made once: making a statement costs as much as sending it.
-    statement = (postgresql.insert if dialect == "postgresql" else sqlite.insert)(table)
-    return statement.on_conflict_do_nothing().returning(key)
+    return set((await connection.execute(unless_there(connection, table, key), rows)).scalars())
 
 
 async def delete_some(connection: AsyncConnection, table: Table, old: ColumnElement[bool], *, at_most: int) -> bool:
@@ -467,7 +468,8 @@ def _postgresql_engine(url: URL, *, read_only: bool = False) -> AsyncEngine:
     engine = create_async_engine(
         url,
         connect_args={name: value for name, value in settings.items() if name not in url.query},
-        isolation_level="REPEATABLE READ" if read_only else "READ COMMITTED",
+        # What most of them do: another one for a transaction costs as much as a statement.
+        isolation_level="AUTOCOMMIT" if read_only else "READ COMMITTED",
         pool_size=CONNECTIONS,
         max_overflow=0,
         pool_timeout=WRITER_WAIT_SECONDS,

@@ -12,7 +12,7 @@ from sqlalchemy import BindParameter, ColumnElement, Row, bindparam, delete, fun
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from mesh import idempotency, ids, inbox, lock
-from mesh.database import Database, advisory_lock, clock, insert
+from mesh.database import Database, advisory_lock, clock, insert_if_absent, unless_there
 from services.storage.domain import (
     SWEEP,
     File,
@@ -36,8 +36,14 @@ def _visible(user_id: str | BindParameter[str], file_id: str | BindParameter[str
     return (file.c.file_id == file_id) & (file.c.user_id == user_id) & file.c.ready
 
 
-# Made once, as all that is sent for each result: making a statement costs as much as sending it.
+# Made once, as all that is sent for each task or result: making a statement costs as much as sending it.
 _GET = select(file).where(_visible(bindparam("of_user"), bindparam("key")))
+_SOME = select(file).where(
+    file.c.file_id.in_(bindparam("keys", expanding=True)),
+    file.c.user_id == bindparam("of_user"),
+    file.c.ready,
+    file.c.confirmed,
+)
 _READY = update(file).where(file.c.file_id == bindparam("key")).values(ready=True).returning(*file.c)
 _MADE = (
     select(file).where(file.c.work == bindparam("key"), file.c.ready).order_by(file.c.create_time.desc()).limit(SOME)
@@ -88,19 +94,18 @@ class SqlFiles:
 
     async def take(self, work: Work, lease_seconds: float) -> tuple[Turn, Sequence[File]]:
         until = clock(timedelta(seconds=lease_seconds))
-        turn = {"task_id": work.task_id, "attempt": work.attempt, "until": until}
-        standing = select(making, (making.c.until > clock()).label("lasts")).where(making.c.work == work.key)
+        turn = {"task_id": work.task_id, "attempt": work.attempt}
         async with self._database.transaction() as connection:
-            absent = insert(connection, making).values(work=work.key, **turn).on_conflict_do_nothing()
-            new = absent.returning(making.c.work)
+            new = unless_there(connection, making, making.c.work).values(until=until)
             while True:
                 # The turn before the results: whoever makes them has it until they are there.
-                if (await connection.execute(new)).one_or_none() is not None:
+                if (await connection.execute(new, {"work": work.key, **turn})).one_or_none() is not None:
                     if taken := await _taken(connection, work):
                         await _release(connection, work.task_id, work.attempt)
                         return Turn.TAKE, taken
                     return Turn.MAKE, []
                 await advisory_lock(connection, work.key)  # of those who find it taken, one at a time decides
+                standing = select(making, (making.c.until > clock()).label("lasts")).where(making.c.work == work.key)
                 row = (await connection.execute(standing)).one_or_none()
                 if row is None:
                     continue  # it has just ended
@@ -109,8 +114,8 @@ class SqlFiles:
                         return Turn.TAKE, taken
                     if row.lasts:
                         return Turn.WAIT, []
-                taking = update(making).where(making.c.work == work.key, making.c.task_id == row.task_id).values(turn)
-                if (await connection.execute(taking)).rowcount:
+                taking = update(making).where(making.c.work == work.key, making.c.task_id == row.task_id)
+                if (await connection.execute(taking.values(**turn, until=until))).rowcount:
                     return Turn.MAKE, []
 
     async def release(self, task_id: str, attempt: int) -> None:
@@ -133,11 +138,9 @@ class SqlFiles:
         return _required(None if row is None else _from_row(row), file_id)
 
     async def some(self, user_id: str, file_ids: Collection[str]) -> Sequence[File]:
-        rows = select(file).where(
-            file.c.file_id.in_(file_ids), file.c.user_id == user_id, file.c.ready, file.c.confirmed
-        )
         async with self._database.query() as connection:
-            return [_from_row(row) for row in await connection.execute(rows)]
+            rows = await connection.execute(_SOME, {"keys": [*file_ids], "of_user": user_id})
+            return [_from_row(row) for row in rows]
 
     async def page(self, user_id: str, size: int, before: str | None) -> Sequence[File]:
         # Ids are time-ordered, so the newest come first.
@@ -236,10 +239,10 @@ class SqlFiles:
 async def _begun(connection: AsyncConnection, new: NewFile) -> File:
     """Store the row of a file, not ready, or return what stands in its place; under the lock of its content."""
     row = {**dataclasses.asdict(new), "ready": False, "confirmed": new.task_id is None}
-    added = insert(connection, file).values(**row, create_time=clock()).on_conflict_do_nothing().returning(*file.c)
+    added = unless_there(connection, file, *file.c)
     # Only a result can be in another's way: what its attempt wrote first under its index.
     same = _of_attempt(new.task_id, new.attempt) & (file.c.result_index == new.result_index)
-    while (begun := (await connection.execute(added)).one_or_none()) is None:
+    while (begun := (await connection.execute(added, row)).one_or_none()) is None:
         first = await _one(connection, same)
         if first is not None and (first.ready or first.sha256 == new.sha256):
             return first
@@ -320,8 +323,7 @@ async def _take_away(connection: AsyncConnection, which: ColumnElement[bool]) ->
 
 
 async def _owe(connection: AsyncConnection, file_id: str) -> None:
-    owed = insert(connection, debt).values(file_id=file_id, create_time=clock())
-    await connection.execute(owed.on_conflict_do_nothing())
+    await insert_if_absent(connection, debt, {"file_id": file_id})
 
 
 def _required(found: File | None, file_id: str) -> File:

@@ -17,7 +17,7 @@ from sqlalchemy import (
 )
 
 from mesh import idempotency, inbox, lock
-from mesh.database import Timestamp
+from mesh.database import Timestamp, clock
 
 metadata = MetaData()
 
@@ -35,7 +35,7 @@ file = Table(
     Column("result_index", Integer, nullable=False, server_default="0"),
     Column("work", Text, index=True),  # its key; equal for results of equal work
     Column("origin", JSON(none_as_null=True)),
-    Column("create_time", Timestamp, nullable=False),
+    Column("create_time", Timestamp, nullable=False, default=clock()),
     Column("ready", Boolean, nullable=False),
     Column("confirmed", Boolean, nullable=False),
     CheckConstraint("size_bytes > 0", name="file_not_empty"),
@@ -62,7 +62,7 @@ debt = Table(
     "debt",
     metadata,
     Column("file_id", Text, primary_key=True),
-    Column("create_time", Timestamp, nullable=False),
+    Column("create_time", Timestamp, nullable=False, default=clock()),
 )
 
 idempotency_table = idempotency.table(metadata)
