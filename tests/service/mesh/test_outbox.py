@@ -132,6 +132,23 @@ async def test_what_a_replica_adds_it_sends_without_a_look(opened: Database, mon
         await eventually(lambda: is_empty(opened), within_seconds=outbox.POLL_SECONDS / 2)
 
 
+async def test_what_comes_while_the_relay_rests_leaves_together(
+    opened: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "REST_SECONDS_EACH", 1.0)
+    monkeypatch.setattr(outbox, "MAX_REST_SECONDS", 2.0)
+    broker, box = Broker(), Outbox(opened, table)
+
+    async with relaying(box, broker):
+        await add(opened, *(message(str(number)) for number in range(10)), box=box)
+        await eventually(lambda: broker.together == [10])
+        await add(opened, message("10"), box=box)
+        await add(opened, message("11"), box=box)
+        await eventually(lambda: len(broker.published) == 12, within_seconds=7)  # of ten seconds at most two
+
+    assert broker.together == [10, 2]
+
+
 async def test_of_a_subject_none_goes_before_an_earlier_ones_transaction_is_known_to_have_ended(
     opened: Database,
 ) -> None:
