@@ -311,6 +311,10 @@ class Model:
     """Pixels at the edges of what comes out that are not to be used, before scaling: they lack their surroundings."""
 
 
+Job = tuple[Work, Path, dict[str, Path], Path]
+"""What a child process is given: operation, input, other files by id, folder of the results."""
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """A result on disk; sides in pixels."""

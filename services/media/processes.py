@@ -28,6 +28,7 @@ from services.media.config import Config, WorkerConfig
 from services.media.domain import (
     MAX_RESULTS,
     Format,
+    Job,
     OutOfMemory,
     TimeLimitExceeded,
     Work,
@@ -111,9 +112,7 @@ class Slot:
         async with self._turns:
             return await self._run((operation, source, files, folder), told)
 
-    async def _run(
-        self, job: tuple[Work, Path, dict[str, Path], Path], told: Callable[[float], None]
-    ) -> Sequence[Written]:
+    async def _run(self, job: Job, told: Callable[[float], None]) -> Sequence[Written]:
         process, seconds = await self.start(), self._seconds()
         assert process.stdin is not None  # noqa: S101 - started with pipes
         assert process.stdout is not None  # noqa: S101 - likewise

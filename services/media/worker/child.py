@@ -19,7 +19,7 @@ from typing import Any
 
 from mesh.errors import MeshError
 from services.media import operations
-from services.media.domain import OutOfMemory, Work
+from services.media.domain import Job, OutOfMemory
 from services.media.operations import models
 from services.media.worker.confined import confine
 from services.media.worker.models import RemoteModels
@@ -27,8 +27,6 @@ from services.media.worker.weights import described
 
 PROGRESS_SECONDS = 0.1
 
-Job = tuple[Work, Path, dict[str, Path], Path]
-"""Operation, input, other files by id, folder of the results. It comes with the seconds it may take."""
 Answer = Callable[[dict[str, Any]], None]
 
 
