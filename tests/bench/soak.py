@@ -9,8 +9,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -27,12 +29,18 @@ LOOK_SECONDS = 0.5  # between two looks whether a batch has ended
 CHILDREN = "its children"
 WATCHED = ("task", "user", "storage", "auth", "media", "media-worker")
 
+# What is done to one photograph, the task's number within: each is other work, or it would be done once.
+OPERATIONS: Mapping[str, Callable[[int], dict[str, Any]]] = {
+    "resize": lambda number: {"resize": {"width": 16 + number // 100, "quality": 1 + number % 100}},
+    "removeBackground": lambda number: {"removeBackground": {"colour": f"#{number:06x}", "format": "FORMAT_JPEG"}},
+}
+
 HOW = (
-    "One replica of each service and one worker, SQLite; a photograph of 640 x 427 pixels made 32 wide, by batches "
-    f"of {BATCH} through the edge, the next when all of one have ended. After each, the resident memory of each "
+    "One replica of each service and one worker, SQLite; {operation} of a photograph of 640 x 427 pixels, by batches "
+    "of {batch} through the edge, the next when all of one have ended. After each, the resident memory of each "
     "process. The slope is that of a straight line through the second half of them (least squares), so that what "
-    "pools and caches take once is not in it. Children of the worker are replaced after 500 tasks each: theirs is told "
-    "as a sum."
+    "pools and caches take once is not in it. Children of the worker, the one with the models too, are replaced after "
+    "500 tasks each: theirs is told as a sum."
 )
 
 
@@ -50,7 +58,7 @@ class Growth:
         return statistics.linear_regression(self.tasks[half:], self.bytes_[half:]).slope
 
 
-async def soak(mesh: Mesh, count: int) -> list[Growth]:
+async def soak(mesh: Mesh, count: int, operation: str) -> list[Growth]:
     """Do `count` tasks and return how each process grew meanwhile; one that dies of it fails the run."""
     processes = {name: psutil.Process(pid) for service in WATCHED for name, pid in mesh.pids(service).items()}
     growths = {name: Growth(name) for name in (*processes, CHILDREN)}
@@ -63,7 +71,11 @@ async def soak(mesh: Mesh, count: int) -> list[Growth]:
         file = await asked(person, "POST", "files", params={"name": path.name}, content=path.read_bytes())
         for done in range(BATCH, count + 1, BATCH):
             await person.sign_in()  # a token lives five minutes
-            await do_batch(person, file["fileId"], done)
+            items = [
+                {"inputFileId": file["fileId"], "operation": OPERATIONS[operation](number)}
+                for number in range(done, done + BATCH)
+            ]
+            await do_batch(person, items)
             memory = {name: process.memory_info().rss for name, process in processes.items()}
             memory[CHILDREN] = sum(child.memory_info().rss for child in processes["media-worker-1"].children())
             for name, growth in growths.items():
@@ -73,14 +85,10 @@ async def soak(mesh: Mesh, count: int) -> list[Growth]:
     return list(growths.values())
 
 
-async def do_batch(person: Person, file_id: str, done: int) -> None:
-    """Have a batch of tasks done, all of which must succeed; each is other work, or it would be done once."""
-    items = [
-        {"inputFileId": file_id, "operation": {"resize": {"width": 16 + number // 100, "quality": 1 + number % 100}}}
-        for number in range(done, done + BATCH)
-    ]
+async def do_batch(person: Person, items: list[dict[str, Any]]) -> None:
+    """Have a batch of tasks done, all of which must succeed."""
     batch = await asked(person, "POST", f"{person.http.base_url}tasks:batch", json={"items": items})
-    while int(batch["stateCounts"]["succeeded"]) < BATCH:
+    while int(batch["stateCounts"]["succeeded"]) < len(items):
         if batch["stateCounts"]["failed"] or batch["stateCounts"]["cancelled"]:
             raise RuntimeError(f"not all tasks succeeded: {batch}")
         await asyncio.sleep(LOOK_SECONDS)
@@ -91,19 +99,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--tasks", type=int, default=TASKS, help=f"how many (default {TASKS:,})")
+    parser.add_argument("--operation", choices=OPERATIONS, default="resize", help="what they do (default resize)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, running(Path(name) / "var", settings=UNLIMITED) as mesh:
         began = time.monotonic()
-        growths = asyncio.run(soak(mesh, options.tasks))
+        growths = asyncio.run(soak(mesh, options.tasks, options.operation))
         seconds = time.monotonic() - began
-    tell(growths, options.tasks / seconds, as_json=options.json)
+    how = HOW.format(operation=options.operation, batch=BATCH)
+    tell(growths, options.tasks / seconds, how, as_json=options.json)
 
 
-def tell(growths: list[Growth], tasks_a_second: float, *, as_json: bool) -> None:
+def tell(growths: list[Growth], tasks_a_second: float, how: str, *, as_json: bool) -> None:
     if as_json:
         slopes = {each.name: round(each.slope(), 1) for each in growths}
         figures = {each.name: each.bytes_ for each in growths}
-        found = {"how": HOW, "tasks": growths[0].tasks, "bytes_a_task": slopes, "bytes": figures}
+        found = {"how": how, "tasks": growths[0].tasks, "bytes_a_task": slopes, "bytes": figures}
         print(json.dumps(found))
         return
     table = Table(title=f"Resident memory over {growths[0].tasks[-1]:,} tasks ({tasks_a_second:,.0f} a second)")
@@ -115,7 +125,7 @@ def tell(growths: list[Growth], tasks_a_second: float, *, as_json: bool) -> None
         table.add_row(each.name, *(f"{bytes_ / 1024**2:,.1f}" for bytes_ in seen), f"{each.slope():+,.0f}")
     console = Console()
     console.print(table)
-    console.print(HOW)
+    console.print(how)
 
 
 if __name__ == "__main__":
