@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -80,7 +80,8 @@ def _checks(descriptor: Descriptor) -> tuple[_Check, ...]:
             checks += _message_checks(field, field.message_type)
         else:
             checks += _scalar_checks(field)
-    return tuple(checks)
+    texts = [field for field in descriptor.fields if field.type == FieldDescriptor.TYPE_STRING]
+    return (*checks, _text_check(texts)) if texts else tuple(checks)
 
 
 def _message_checks(field: FieldDescriptor, kind: Descriptor) -> Iterator[_Check]:
@@ -242,6 +243,19 @@ def _pattern_check(field: FieldDescriptor, bounds: policy_pb2.Bounds) -> _Check:
             yield Violation(
                 name, "FIELD_MALFORMED", f"{name} must match {bounds.pattern}", {"pattern": bounds.pattern}
             )  # fmt: skip
+
+    return run
+
+
+def _text_check(fields: Sequence[FieldDescriptor]) -> _Check:
+    """Return what refuses U+0000: PostgreSQL's text has none."""
+
+    def run(message: Any, path: str) -> Iterator[Violation]:
+        for field in fields:
+            value = getattr(message, field.name)
+            if "\0" in value or (field.is_repeated and "\0" in "".join(value)):
+                name = path + field.json_name
+                yield Violation(name, "FIELD_MALFORMED", f"{name} must not hold the character U+0000", {})
 
     return run
 

@@ -67,7 +67,10 @@ class MessageUnroutable(Unavailable):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What goes to the broker. Messages of one `subject`, if it has one, arrive in the order they were added."""
+    """What goes to the broker. Messages of one `subject` arrive in the order they were added.
+
+    One without a subject is a hint to whoever is there: where no queue takes it, it is dropped.
+    """
 
     exchange: str
     routing_key: str
@@ -240,9 +243,11 @@ class Outbox:
             try:
                 await publisher.publish(*(due[position] for position in group))
             except MessageUnroutable as failure:
-                log.warning("message has no taker yet", extra={"failure": failure.message})
-                unroutable.update(group)
-                return
+                lasting = [position for position in group if due[position].subject]
+                if lasting:
+                    log.warning("message has no taker yet", extra={"failure": failure.message})
+                    unroutable.update(lasting)
+                group = [position for position in group if position not in lasting]
             crash.point("publish: confirmed")
             for position in group:
                 del self._held[position]
@@ -251,7 +256,7 @@ class Outbox:
 
         try:
             for wave in _waves(due):
-                stopped = {due[each].subject for each in unroutable} - {""}
+                stopped = {due[each].subject for each in unroutable}
                 late = {each for each in wave if due[each].subject in stopped}
                 unroutable.update(late)
                 groups = _groups({each: due[each] for each in wave if each not in late})

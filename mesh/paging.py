@@ -32,13 +32,18 @@ def decode(token: str, kinds: Sequence[type[str | int]]) -> tuple[str | int, ...
     except (ValueError, RecursionError):
         key = None
     if not isinstance(key, list) or [type(part) for part in key] != list(kinds) or not all(map(_fits, key)):
-        raise PageTokenMalformed(
-            "pageToken is not one that this list gave; leave it empty to begin at the first page.",
-            violations={"pageToken": "use nextPageToken of the page before"},
-        )
+        raise malformed()
     return tuple(key)
 
 
+def malformed() -> PageTokenMalformed:
+    """Return the refusal of a token whose key no row of the list can have."""
+    return PageTokenMalformed(
+        "pageToken is not one that this list gave; leave it empty to begin at the first page.",
+        violations={"pageToken": "use nextPageToken of the page before"},
+    )
+
+
 def _fits(part: str | int) -> bool:
-    """Tell whether a database can compare a column with `part`: its integers have 64 bits."""
-    return isinstance(part, str) or -(2**63) <= part < 2**63
+    """Tell whether a database can compare a column with `part`: its integers have 64 bits, its texts no U+0000."""
+    return "\0" not in part if isinstance(part, str) else -(2**63) <= part < 2**63

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
+from mesh.errors import MeshError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -17,7 +19,8 @@ class Together(Generic[Item, Result]):
 
     Args:
         do: does some items and returns, in order, what became of each; an exception is raised to that item's caller.
-            When it raises itself, that is raised to all.
+            When it raises itself it has done nothing: a MeshError is raised to all, and after any other exception
+            each is done by itself, since one may be at fault for it.
         at_most: items in one go.
     """
 
@@ -75,4 +78,6 @@ class Together(Generic[Item, Result]):
         try:
             return await self._do(items)
         except Exception as error:  # noqa: BLE001 - it is raised to those who wait
-            return [error] * len(items)
+            if len(items) == 1 or isinstance(error, MeshError):
+                return [error] * len(items)
+        return [outcome for item in items for outcome in await self._outcomes([item])]

@@ -525,7 +525,7 @@ async def replay(shell: Shell, atelier: Atelier, rebuild: bool) -> None:
     lines = [f"{each.task_id}: {', '.join(each.fields) or 'missing'}" for each in different]
     lines += [f"{compared:,} tasks compared with their events, {len(different):,} differ."]
     if incomplete:
-        lines += [f"{incomplete:,} more are older than events with all facts, and were left alone."]
+        lines += [f"{incomplete:,} more have no events, or older ones without all facts, and were left alone."]
     if different:
         lines += ["They are now as their events say." if rebuild else "atelier tasks replay --rebuild mends them."]
     found = {"compared": compared, "incomplete": incomplete, "rebuilt": rebuild and bool(different)}

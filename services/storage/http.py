@@ -78,6 +78,7 @@ class BytesEndpoints:
 
     async def get_file_content(self, request: Request) -> Response:
         _require_query(request, known=())
+        bounds.check(pb.GetFileContentRequest(file_id=request.path_params["file_id"]))
         return await self._content(request, context.user().user_id)
 
     async def read_input(self, request: Request) -> Response:

@@ -272,7 +272,10 @@ def _place(token: str) -> tuple[datetime, str] | None:
     if not token:
         return None
     microseconds, task_id = paging.decode(token, (int, str))
-    return _EPOCH + int(microseconds) * _MICROSECOND, str(task_id)
+    try:
+        return _EPOCH + int(microseconds) * _MICROSECOND, str(task_id)
+    except OverflowError:
+        raise paging.malformed() from None
 
 
 def cursor_from(text: str) -> int | None:

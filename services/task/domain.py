@@ -325,7 +325,7 @@ class Replay:
 
     replayed: int
     incomplete: int
-    """How many more could not be: their first events are from before these held all facts."""
+    """How many more could not be: they have no events, or their first ones are from before these held all facts."""
     discrepancies: list[Discrepancy]
     last: str | None
     """The last task's id; None when no more follow."""

@@ -325,6 +325,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
     async def _queued_again(self, task: Task, *, role: str, reason: str) -> Task:
         round_ = task.round + 1
         reserved_time = await self._reserve(task.user_id, [task.task_id], round_=round_)
+        crash.point("retry: quota reserved")
 
         def retry(task: Task, now: datetime) -> Change:
             domain.require_fresh(reserved_time, self._clock.now())

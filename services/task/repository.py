@@ -25,6 +25,7 @@ from sqlalchemy import (
     insert,
     select,
     tuple_,
+    union,
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -254,16 +255,16 @@ class SqlTasks:
         return [History(task, tuple(events[task.task_id])) for task in tasks]
 
     async def replay(self, after: str, at_most: int, *, rebuild: bool) -> Replay:
-        ids = select(event_table.c.task_id).where(event_table.c.task_id > after).distinct()
+        ids = union(*(select(each.c.task_id).where(each.c.task_id > after) for each in (event_table, task_table)))
         async with self._database.transaction() as connection:
-            task_ids = list(await connection.scalars(ids.order_by(event_table.c.task_id).limit(at_most)))
+            task_ids = list(await connection.scalars(ids.order_by("task_id").limit(at_most)))
             found = _among(select(task_table), task_table, task_ids).order_by(task_table.c.task_id).with_for_update()
             present = {row.task_id: row._asdict() for row in await connection.execute(found)}
             told = _among(select(event_table), event_table, task_ids).order_by(event_table.c.sequence)
-            facts: dict[str, list[Any]] = {}
+            facts = defaultdict[str, list[Any]](list)
             for row in await connection.execute(told):
-                facts.setdefault(row.task_id, []).append(row.facts)
-            complete = [each for each in task_ids if None not in facts[each]]
+                facts[row.task_id].append(row.facts)
+            complete = [each for each in task_ids if facts[each] and None not in facts[each]]
             discrepancies = []
             for task_id in complete:
                 rebuilt = _told(facts[task_id])
@@ -271,6 +272,8 @@ class SqlTasks:
                     continue
                 discrepancies.append(Discrepancy(task_id, fields))
                 if rebuild:
+                    if rebuilt["lease_time"] is not None:  # as long as it was given, from now: its worker may live
+                        rebuilt["lease_time"] += await now(connection) - rebuilt["update_time"]
                     await connection.execute(delete(task_table).where(task_table.c.task_id == task_id))
                     await connection.execute(insert(task_table).values(rebuilt))
         if rebuild:

@@ -67,6 +67,14 @@ POINTS = (
 BATCH = tuple(f"batch: {step}" for step in ("key kept", "files known", "quota reserved", "written", "committed"))
 CANCEL = ("CANCELLED: written", "CANCELLED: committed")
 CANCEL_OF_A_BATCH = ("batch cancelled: written", "batch cancelled: committed")
+FAILURE = (
+    "FAILED: written",
+    "FAILED: committed",
+    "quota released: event noted",
+    "quota released: written",
+    "quota released: committed",
+)
+RETRY = ("retry: quota reserved", "QUEUED: written")
 KEEPING = ("begun", "quota charged", "bytes kept", "finished")
 UPLOAD = tuple(f"upload: {step}" for step in KEEPING)
 RESULT = tuple(f"result: {step}" for step in KEEPING)
@@ -78,7 +86,7 @@ LONG = {"resize": {"width": 6000, "fit": "FIT_FIT", "format": "FORMAT_AVIF"}}  #
 def test_the_points_in_the_code_are_those_that_are_tried() -> None:
     patterns = [re.compile(pattern) for folder in ("mesh", "services") for pattern in points(ROOT / folder)]
 
-    tried = (*POINTS, *BATCH, *CANCEL, *CANCEL_OF_A_BATCH, *UPLOAD, *RESULT, *TAKE)
+    tried = (*POINTS, *BATCH, *CANCEL, *CANCEL_OF_A_BATCH, *FAILURE, *RETRY, *UPLOAD, *RESULT, *TAKE)
     assert [each.pattern for each in patterns if not any(map(each.fullmatch, tried))] == []
     assert [name for name in tried if not any(each.fullmatch(name) for each in patterns)] == []
 
@@ -140,9 +148,16 @@ async def test_batches_cancels_and_files_that_break_off_anywhere_are_whole_in_th
         alone = await accepted(person, file["fileId"], **LONG["resize"])
         cancelled = await through(armed, CANCEL, lambda: person.http.post(f"tasks/{alone.task_ids[0]}:cancel"))
         jobs = [alone]
+
+        damaged = await put(person, photograph().read_bytes()[:5000], "damaged.jpg")
+        arm(armed, FAILURE)
+        jobs.append(await accepted(person, damaged.json()["fileId"], width=70))
+        await hit(armed, FAILURE)
+        await eventually(lambda: ended(person, jobs[-1]), within_seconds=60)
+        await through(armed, RETRY, lambda: person.http.post(f"tasks/{jobs[-1].task_ids[0]}:retry", json={}))
+
         for names in (RESULT, *((name,) for name in TAKE)):
-            for name in names:
-                (armed / name).touch()
+            arm(armed, names)
             jobs.append(await accepted(person, file["fileId"], width=90))
             await hit(armed, names)
             await eventually(lambda: ended(person, jobs[-1]), within_seconds=60)
@@ -151,7 +166,9 @@ async def test_batches_cancels_and_files_that_break_off_anywhere_are_whole_in_th
     assert audited(evidence, jobs).wrong == []
     assert (made["taskCount"], stopped["stateCounts"]["cancelled"], cancelled["state"]) == (3, 2, "STATE_CANCELLED")
     mine = [task for task in evidence.rows["task", "task"] if task["user_id"] == person.user_id]
-    assert Counter(task["state"] for task in mine) == {"SUCCEEDED": 3 + 1 + len(TAKE), "CANCELLED": 2 + 1}
+    assert Counter(task["state"] for task in mine) == {
+        "SUCCEEDED": 3 + 1 + len(TAKE), "CANCELLED": 2 + 1, "FAILED": 1
+    }  # fmt: skip
     assert Counter(task["batch_id"] for task in mine if task["batch_id"]) == {made["batchId"]: 3, long["batchId"]: 2}
     files = [row for row in evidence.rows["storage", "file"] if row["user_id"] == person.user_id]
     assert [row["file_id"] for row in files if row["name"] == "photo.jpg"] == [file["fileId"]]
@@ -162,9 +179,7 @@ async def test_batches_cancels_and_files_that_break_off_anywhere_are_whole_in_th
 
 async def through(armed: Path, names: Sequence[str], send: Callable[[], Awaitable[httpx.Response]]) -> dict[str, Any]:
     """Arm points, send a request until it is answered, all points met, and return the answer."""
-    for name in names:
-        (armed / f"{name}{crash.HIT}").unlink(missing_ok=True)
-        (armed / name).touch()
+    arm(armed, names)
 
     async def answered() -> httpx.Response | None:
         with suppress(httpx.TransportError):
@@ -176,6 +191,12 @@ async def through(armed: Path, names: Sequence[str], send: Callable[[], Awaitabl
     assert answer.is_success, answer.text
     await hit(armed, names)
     return answer.json()
+
+
+def arm(armed: Path, names: Sequence[str]) -> None:
+    for name in names:
+        (armed / f"{name}{crash.HIT}").unlink(missing_ok=True)
+        (armed / name).touch()
 
 
 async def hit(armed: Path, names: Sequence[str]) -> None:

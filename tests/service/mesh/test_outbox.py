@@ -266,6 +266,17 @@ async def test_a_message_that_nobody_takes_yet_holds_up_only_its_own_subject(ope
     assert broker.published == ["3", "1", "2"]
 
 
+async def test_a_hint_that_nobody_takes_is_dropped_and_holds_nobody_up(opened: Database) -> None:
+    broker = Broker()
+    broker.unwanted = {"media.gpu"}
+    hints = [message(f"hint {number}", routing_key="media.gpu") for number in range(3 * outbox.BATCH)]
+    await add(opened, *hints, message("event", subject="tsk_1"))
+
+    async with relaying(Outbox(opened, table), broker):
+        await eventually(lambda: broker.published == ["event"])
+        await eventually(lambda: is_empty(opened))
+
+
 async def test_a_stopped_relay_leaves_no_message_claimed(opened: Database) -> None:
     stuck = asyncio.Event()
 

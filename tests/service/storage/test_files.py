@@ -245,6 +245,11 @@ async def test_another_users_file_is_not_found(world):
     assert deleted.value.metadata == {"file_id": stored["fileId"]}
 
 
+async def test_an_id_that_no_database_can_hold_is_refused(world):
+    async with world.http("usr_ann") as http:
+        assert reason(await http.get(f"{PATH}/fil_%00/content")) == (400, "FIELD_MALFORMED")
+
+
 async def test_files_are_listed_newest_first_page_by_page(world):
     ids = [(await world.upload(f"{number}".encode())).json()["fileId"] for number in range(5)]
     await world.upload(b"not hers", user="usr_bob")

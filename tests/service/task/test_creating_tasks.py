@@ -105,6 +105,17 @@ async def test_a_key_used_for_another_request_is_refused(replica: Replica):
     assert refusal.metadata["request_id"] == "key"
 
 
+async def test_a_key_that_no_database_can_hold_is_its_callers_trouble_alone(replica: Replica):
+    others = [replica.create(request_id=f"key {number}") for number in range(20)]
+
+    refusal, *tasks = await asyncio.gather(refused(replica.create(request_id="a\0b")), *others)
+
+    assert (refusal.code, refusal.reason, refusal.metadata) == (
+        "INVALID_ARGUMENT", "FIELD_MALFORMED", {"field": "requestId"}
+    )  # fmt: skip
+    assert len({task.task_id for task in tasks}) == len(others)
+
+
 async def test_fifty_calls_with_one_key_make_one_task(start: Start, users: Users):
     """R-24, as far as the task service answers for it."""
     replicas = [await start(), await start()]

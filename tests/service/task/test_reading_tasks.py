@@ -8,6 +8,7 @@ import pytest
 from atelier.task.v1 import task_pb2 as pb
 from sqlalchemy import Dialect, text
 
+from mesh import paging
 from services.task.domain import Query, State
 from services.task.repository import listed
 from services.task.tables import QUEUED, RUNNING, UNENDED
@@ -56,6 +57,7 @@ async def test_a_strangers_list_is_empty(replica: Replica):
     ("request_", "reason"),
     [
         (pb.ListTasksRequest(page_token="rubbish"), "PAGE_TOKEN_MALFORMED"),
+        (pb.ListTasksRequest(page_token=paging.encode([2**62, "tsk_1"])), "PAGE_TOKEN_MALFORMED"),
         (pb.ListTasksRequest(state=77), "FIELD_OUT_OF_RANGE"),
     ],
 )

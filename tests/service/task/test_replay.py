@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -122,6 +122,37 @@ async def test_tasks_from_before_there_were_facts_are_left_alone(replica: Replic
 
     assert (answer.replayed_count, answer.incomplete_count, list(answer.discrepancies)) == (1, 1, [])
     assert [task.task_id for task in (await replica.user().ListTasks(pb.ListTasksRequest())).tasks] == [young.task_id]
+
+
+async def test_a_task_without_events_is_told_and_left_alone(replica: Replica):
+    task = await replica.create()
+    async with replica.database.transaction() as connection:
+        await connection.execute(delete(event_table).where(event_table.c.task_id == task.task_id))
+
+    stub = TaskServiceStub(replica.server.channel(user="usr_admin", role="ROLE_ADMIN"))
+    answer = await stub.ReplayTasks(pb.ReplayTasksRequest(rebuild=True))
+
+    assert (answer.replayed_count, answer.incomplete_count, list(answer.discrepancies)) == (0, 1, [])
+    assert set(await rows(replica)) == {task.task_id}
+
+
+@pytest.mark.parametrize("harm", [update(task_table).values(request_id="?"), delete(task_table)])
+async def test_a_living_worker_keeps_a_task_that_is_mended_under_it(replica: Replica, harm: Any):
+    await replica.create()
+    claimed = await replica.claimed()
+    taken = event_table.c.state == "RUNNING"
+    async with replica.database.transaction() as connection:
+        # Claimed a minute ago, and renewed since: no event tells of that.
+        facts = dict((await connection.execute(select(event_table.c.facts).where(taken))).scalar_one())
+        for name in ("lease_time", "update_time"):
+            facts[name] = (datetime.fromisoformat(facts[name]) - timedelta(minutes=1)).isoformat()
+        await connection.execute(update(event_table).where(taken).values(facts=facts))
+        await connection.execute(harm)
+
+    assert set(await replayed(replica, rebuild=True)) == {claimed.task_id}
+
+    assert await replica.tasks.lapsed(1) == []
+    await replica.complete(claimed)
 
 
 async def test_only_administrators_may(replica: Replica):

@@ -153,6 +153,8 @@ def test_what_keeps_its_bounds_passes(fields) -> None:
         ({"colour": "#00FF00"}, "colour", "FIELD_MALFORMED", {"pattern": "#[0-9a-f]{6}"}),
         ({"colour": "#00ff00\n"}, "colour", "FIELD_MALFORMED", {}),
         ({"colour": "x#00ff00"}, "colour", "FIELD_MALFORMED", {}),
+        ({"note": "a\0b"}, "note", "FIELD_MALFORMED", {}),
+        ({"tags": ["a", "\0"]}, "tags", "FIELD_MALFORMED", {}),
         ({"fit": 7}, "fit", "FIELD_OUT_OF_RANGE", {"value": "7", "known": "FIT_FILL"}),
         ({"must_fit": -1}, "mustFit", "FIELD_OUT_OF_RANGE", {"value": "-1"}),
         ({"box": {}}, "box.width", "SIZE_REQUIRED", {"fields": "width, height"}),

@@ -87,7 +87,7 @@ def test_a_token_that_no_list_gave_is_refused(token) -> None:
     assert "pageToken" in refused.value.violations
 
 
-@pytest.mark.parametrize("text", [f'[{2**63},"a"]', f'[{-(2**63) - 1},"a"]', '[1,"\\ud800"]'])
+@pytest.mark.parametrize("text", [f'[{2**63},"a"]', f'[{-(2**63) - 1},"a"]', '[1,"\\ud800"]', '[1,"\\u0000"]'])
 def test_a_token_whose_key_no_database_can_hold_is_refused(text) -> None:
     with pytest.raises(PageTokenMalformed):
         paging.decode(token_of(text), (int, str))

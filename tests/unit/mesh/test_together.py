@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from mesh.errors import Unavailable
 from mesh.together import Together
 from tests.eventually import eventually
 
@@ -62,13 +63,27 @@ async def test_each_hears_of_its_own_failure_only(work: Work) -> None:
 
 async def test_what_ends_all_is_told_to_all_and_the_next_go_on(work: Work) -> None:
     work.go_on.set()
-    together, work.failure = Together(work, at_most=4), KeyError("all")
+    together, work.failure = Together(work, at_most=4), Unavailable("all")
 
     answers = await asyncio.gather(*map(together, (2, 4)), return_exceptions=True)
     work.failure = None
 
-    assert [type(each) for each in answers] == [KeyError, KeyError]
+    assert [type(each) for each in answers] == [Unavailable, Unavailable]
     assert await together(6) == 12
+    assert work.goes == [[2, 4], [6]]
+
+
+async def test_one_that_breaks_the_whole_breaks_itself_alone() -> None:
+    async def do(items: Sequence[int]) -> list[int | Exception]:
+        if 0 in items:
+            raise ZeroDivisionError
+        return [12 // item for item in items]
+
+    together = Together(do, at_most=4)
+
+    answers = await asyncio.gather(*map(together, (1, 0, 2)), return_exceptions=True)
+
+    assert [answers[0], type(answers[1]), answers[2]] == [12, ZeroDivisionError, 6]
 
 
 async def test_who_leaves_before_his_turn_is_not_done_and_later_disturbs_nobody(work: Work) -> None:

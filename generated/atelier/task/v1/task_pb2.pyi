@@ -1011,7 +1011,7 @@ class ReplayTasksResponse(_message.Message):
     replayed_count: _builtins.int
     """How many of this page could be rebuilt."""
     incomplete_count: _builtins.int
-    """How many more could not: their first events are from before events held all facts."""
+    """How many more could not: they have no events, or their first ones are from before events held all facts."""
     next_page_token: _builtins.str
     """Empty when no more follow."""
     @_builtins.property
