@@ -136,7 +136,7 @@ class Gravity(Enum):
 class Work:
     """What a task may ask for."""
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     """Goes up with every change to what comes out, so that results of before are not taken for those of now."""
 
 

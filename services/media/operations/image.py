@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import floor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,9 +76,7 @@ class Picture(ABC):
         self._common: list[Any] = []
 
     @abstractmethod
-    def pixels(
-        self, width: int = _UNBOUNDED_PX, height: int = _UNBOUNDED_PX, *, size: str = "down", crop: str = "none"
-    ) -> Image:
+    def pixels(self, width: int = _UNBOUNDED_PX, height: int = _UNBOUNDED_PX, *, size: str = "down") -> Image:
         """Return the image upright and in sRGB, 8 bits, made to fit a box; decodes no more than that needs.
 
         The pixels stream: they can be read once, from top to bottom.
@@ -86,8 +85,24 @@ class Picture(ABC):
             width: of the box, pixels, > 0.
             height: of the box, pixels, > 0.
             size: libvips' VipsSize: `down` never enlarges, `both` may, `force` gives up the ratio.
-            crop: libvips' VipsInteresting: what is kept where the box is filled; `none` fills nothing.
         """
+
+    def filling(self, width: int, height: int) -> Image:
+        """Return the middle of the image, made to fill a box; streams as `pixels` does.
+
+        Args:
+            width: of the box, pixels, > 0.
+            height: of the box, pixels, > 0.
+        """
+        picture: Picture = self
+        if (scale := max(width / self.width, height / self.height)) > 1:
+            # Cut first: of a thin strip that is enlarged, what nobody will see can be a thousand times the box.
+            left = max(0, floor((self.width - width / scale) / 2))
+            top = max(0, floor((self.height - height / scale) / 2))
+            picture = Made(self.pixels().crop(left, top, self.width - 2 * left, self.height - 2 * top))
+        across, down = domain.covering(picture.width, picture.height, width, height)
+        scaled = picture.pixels(across, down, size="force")
+        return scaled.crop((across - width) // 2, (down - height) // 2, width, height)
 
     def once(self, work: Callable[[], T]) -> T:
         """Return what `work` gave for an animation's first frame: for what all its frames must have in common."""
@@ -108,12 +123,10 @@ class Made(Picture):
         self.width, self.height = image.width, image.height
         self._image = image
 
-    def pixels(
-        self, width: int = _UNBOUNDED_PX, height: int = _UNBOUNDED_PX, *, size: str = "down", crop: str = "none"
-    ) -> Image:
+    def pixels(self, width: int = _UNBOUNDED_PX, height: int = _UNBOUNDED_PX, *, size: str = "down") -> Image:
         if (width, height) in ((_UNBOUNDED_PX, _UNBOUNDED_PX), (self.width, self.height)):
             return self._image
-        return self._image.thumbnail_image(width, height=height, size=size, crop=crop)
+        return self._image.thumbnail_image(width, height=height, size=size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,14 +210,12 @@ class Source(Picture):
             and header.interpretation in ("srgb", "b-w")
         )
 
-    def pixels(
-        self, width: int = _UNBOUNDED_PX, height: int = _UNBOUNDED_PX, *, size: str = "down", crop: str = "none"
-    ) -> Image:
+    def pixels(self, width: int = _UNBOUNDED_PX, height: int = _UNBOUNDED_PX, *, size: str = "down") -> Image:
         if (shrink := self._shrink(width, height)) > 1:
             image = Image.new_from_file(str(self.path), shrink=shrink, access="sequential", fail_on="error")
-            image = image.thumbnail_image(width, height=height, size=size, crop=crop)
+            image = image.thumbnail_image(width, height=height, size=size)
         else:
-            image = Image.thumbnail(str(self.path), width, height=height, size=size, crop=crop, fail_on="error")
+            image = Image.thumbnail(str(self.path), width, height=height, size=size, fail_on="error")
         return self._in_srgb(image)
 
     def _shrink(self, width: int, height: int) -> int:

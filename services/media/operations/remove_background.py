@@ -27,7 +27,7 @@ def run(picture: Picture, operation: RemoveBackground, files: Mapping[str, Sourc
     elif operation.blur:
         behind = _blurred(picture, alpha, operation.blur)
     elif operation.image:
-        behind = files[operation.image.file_id].pixels(pixels.width, pixels.height, size="both", crop="centre")
+        behind = files[operation.image.file_id].filling(pixels.width, pixels.height)
         behind = behind.flatten(background=[255, 255, 255]) if behind.hasalpha() else behind
     else:
         cut = pixels.bandjoin(alpha)

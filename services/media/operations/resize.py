@@ -13,5 +13,5 @@ from services.media.operations.image import Picture, Source
 def run(picture: Picture, operation: Resize, _files: Mapping[str, Source]) -> Image:
     width, height = resized(picture.width, picture.height, operation)
     if operation.fit is Fit.FILL:
-        return picture.pixels(width, height, size="both", crop="centre")
+        return picture.filling(width, height)
     return picture.pixels(width, height, size="force")  # the ratio is kept by `resized`, but for the rounding

@@ -48,5 +48,5 @@ def _shrunk(picture: Picture, sizes: Sequence[Resize]) -> Image:
 
 def _sized(picture: Picture, box: tuple[int, int], *, fill: bool) -> Image:
     if fill:
-        return picture.pixels(*box, size="both", crop="centre")
+        return picture.filling(*box)
     return picture.pixels(*box, size="force")

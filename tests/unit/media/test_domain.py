@@ -62,7 +62,7 @@ def test_equal_operations_say_the_same_however_they_were_said() -> None:
 
 
 def test_another_version_of_an_operation_is_another_operation() -> None:
-    newer = type("Resize", (domain.Resize,), {"VERSION": 2})
+    newer = type("Resize", (domain.Resize,), {"VERSION": domain.Resize.VERSION + 1})
 
     assert canonical(newer(width=1), {}) != canonical(domain.Resize(width=1), {})
 

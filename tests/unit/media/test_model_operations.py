@@ -134,6 +134,15 @@ def test_another_image_comes_behind_and_fills_the_frame(run, coffee, rocket):
     assert near(result.getpixel(cup), Image.open(coffee).convert("RGB").getpixel(cup))
 
 
+def test_the_thinnest_image_behind_fills_the_frame(run, coffee, tmp_path):
+    Image.new("RGB", (1, 30_000), (0, 99, 0)).save(tmp_path / "strip.png")
+
+    result, _ = run(RemoveBackground(image=Backdrop(file_id="b")), coffee, {"b": tmp_path / "strip.png"})
+
+    assert result.size == (600, 400)
+    assert near(result.getpixel((590, 10)), (0, 99, 0))
+
+
 def test_the_background_goes_out_of_focus_without_a_halo(run):
     photo = photograph("coffee.png")
     result, _ = run(RemoveBackground(blur=Defocus(radius=0.05)), photo)

@@ -16,12 +16,16 @@ from services.media.domain import (
     Fit,
     Format,
     Gravity,
+    ImageTooLarge,
     Interest,
     OutputTooLarge,
+    Pipeline,
     Resize,
     SmartCrop,
+    Step,
     Text,
     TextEmpty,
+    Thumbnails,
     Watermark,
 )
 from services.media.domain import Image as Mark
@@ -53,6 +57,41 @@ def test_resize_fill_gives_exactly_the_box(run, rocket, size):
     result, _ = run(Resize(width=size[0], height=size[1], fit=Fit.FILL), rocket)
 
     assert result.size == size
+
+
+@pytest.mark.parametrize("size", [(200, 200), (50, 50)], ids=["enlarged", "shrunk"])
+def test_resize_fill_keeps_the_middle(run, tmp_path, size):
+    scene = Image.new("RGB", (300, 100), (0, 200, 0))
+    scene.paste((200, 0, 0), (0, 0, 100, 100))
+    scene.paste((0, 0, 200), (200, 0, 300, 100))
+    scene.save(tmp_path / "scene.png")
+
+    result, _ = run(Resize(width=size[0], height=size[1], fit=Fit.FILL), tmp_path / "scene.png")
+
+    middle = result.getpixel((size[0] // 2, size[1] // 2))
+    assert near(middle, (0, 200, 0), within=1)
+    for across in (size[0] // 20, size[0] - 1 - size[0] // 20):
+        assert near(result.getpixel((across, 5)), middle, within=1)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        Resize(width=1000, height=1000, fit=Fit.FILL),
+        SmartCrop(width=1000, height=1000),
+        SmartCrop(width=1000, height=1000, interest=Interest.ENTROPY),
+        SmartCrop(width=1000, height=1000, interest=Interest.FACES),
+        Thumbnails(sizes=(Resize(width=1000, height=1000, fit=Fit.FILL),)),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_the_thinnest_strip_fills_a_box(run, tmp_path, operation):
+    Image.new("RGB", (1, 16_384), (9, 99, 200)).save(tmp_path / "strip.png")
+
+    result, _ = run(operation, tmp_path / "strip.png")
+
+    assert result.size == (1000, 1000)
+    assert near(result.getpixel((500, 500)), (9, 99, 200))
 
 
 def test_resize_by_height_alone(run, coffee):
