@@ -335,6 +335,9 @@ def resized(width: int, height: int, operation: Resize) -> tuple[int, int]:
 
     Returns:
         (width, height), pixels, each at least 1.
+
+    Raises:
+        OutputTooLarge: the image would be enlarged beyond the bound, as a thin one is that gets wider.
     """
     if operation.fit is Fit.FILL and operation.width and operation.height:
         return operation.width, operation.height
@@ -345,7 +348,19 @@ def resized(width: int, height: int, operation: Resize) -> tuple[int, int]:
     )
     if operation.fit is Fit.INSIDE:
         scale = min(scale, 1.0)
-    return max(1, round(width * scale)), max(1, round(height * scale))
+    width, height = max(1, round(width * scale)), max(1, round(height * scale))
+    if scale > 1:
+        require_writable(width, height)
+    return width, height
+
+
+def require_writable(width: int, height: int) -> None:
+    """Raise OutputTooLarge if a side, pixels, is longer than any format may have it."""
+    if max(width, height) > MAX_SIDE_PX:
+        raise OutputTooLarge(
+            f"The result would be {width} × {height} pixels; {MAX_SIDE_PX} a side are the most.",
+            metadata={"width": str(width), "height": str(height), "max": str(MAX_SIDE_PX)},
+        )
 
 
 @dataclass(frozen=True, slots=True)

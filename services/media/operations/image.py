@@ -139,7 +139,13 @@ class Frames:
     are_the_input: bool = True
 
     def each(self, work: Callable[[Picture], Image]) -> Frames:
-        """Return what `work` makes of every frame."""
+        """Return what `work` makes of every frame.
+
+        Raises:
+            ImageTooLarge: what it is given, by the step before, is more than an input may be.
+        """
+        first = self.pictures[0]
+        _require_budget(first.width, first.height, len(self.pictures))
         common: list[Any] = []
         for picture in self.pictures:
             picture._common = common  # noqa: SLF001 - Picture.once is of this step

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyvips import Image
 
-from services.media.domain import MAX_SIDE_PX, Model, OutputTooLarge, Upscale
+from services.media.domain import Model, Upscale, require_writable
 from services.media.operations import models
 from services.media.operations.image import Picture, Source
 
@@ -18,9 +18,9 @@ Bytes = NDArray[np.uint8]
 
 def run(picture: Picture, operation: Upscale, _files: Mapping[str, Source]) -> Image:
     width, height = picture.width * operation.factor, picture.height * operation.factor
-    _require_small_enough(width, height)
+    require_writable(width, height)
     model = models.present().model("upscale")
-    _require_small_enough(picture.width * model.scale, picture.height * model.scale)  # what is held in memory
+    require_writable(picture.width * model.scale, picture.height * model.scale)  # what is held in memory
     pixels: Bytes = picture.pixels().numpy()
     large = Image.new_from_array(_enlarged(pixels[..., :3], model)).copy(interpretation="srgb")
     large = _sized(large, width, height, "lanczos3")
@@ -28,14 +28,6 @@ def run(picture: Picture, operation: Upscale, _files: Mapping[str, Source]) -> I
         alpha = Image.new_from_array(np.ascontiguousarray(pixels[..., 3]))
         large = large.bandjoin(_sized(alpha, width, height, "lanczos3"))
     return large
-
-
-def _require_small_enough(width: int, height: int) -> None:
-    if max(width, height) > MAX_SIDE_PX:
-        raise OutputTooLarge(
-            f"The result would be {width} × {height} pixels; {MAX_SIDE_PX} a side are the most.",
-            metadata={"width": str(width), "height": str(height), "max": str(MAX_SIDE_PX)},
-        )
 
 
 def _sized(image: Image, width: int, height: int, kernel: str) -> Image:

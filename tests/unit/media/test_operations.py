@@ -110,6 +110,35 @@ def test_a_result_too_long_for_its_format_is_refused(run, tmp_path):
     assert refusal.value.metadata["width"] == "400000"
 
 
+def test_a_step_too_long_is_refused_though_the_next_would_shorten_it(run, tmp_path):
+    Image.new("RGB", (1, 5000)).save(tmp_path / "strip.png")
+    steps = (Step(resize=Resize(width=16_384, fit=Fit.FIT)), Step(resize=Resize(width=10)))
+
+    with pytest.raises(OutputTooLarge) as refusal:
+        run(Pipeline(steps=steps), tmp_path / "strip.png")
+
+    assert refusal.value.metadata["height"] == "81920000"
+
+
+def test_a_step_of_too_many_pixels_is_refused_though_the_next_would_have_fewer(run, tmp_path):
+    Image.new("RGB", (10, 10)).save(tmp_path / "small.png")
+    steps = (Step(resize=Resize(width=10_001, fit=Fit.FIT)), Step(resize=Resize(width=10)))
+
+    with pytest.raises(ImageTooLarge) as refusal:
+        run(Pipeline(steps=steps), tmp_path / "small.png")
+
+    assert refusal.value.metadata["width"] == "10001"
+
+
+def test_a_panorama_longer_than_a_result_may_be_can_be_made_smaller(run, tmp_path):
+    Image.new("RGB", (20_000, 100)).save(tmp_path / "panorama.png")
+    steps = (Step(resize=Resize(height=90)), Step(resize=Resize(width=1000)))
+
+    result, _ = run(Pipeline(steps=steps), tmp_path / "panorama.png")
+
+    assert result.size == (1000, 5)
+
+
 @pytest.mark.parametrize("format_", [each for each in Format if each is not Format.PDF])
 def test_convert_writes_every_format(run, coffee, format_):
     result, _ = run(Convert(format=format_), coffee)
