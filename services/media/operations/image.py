@@ -206,9 +206,8 @@ class Source(Picture):
         )
         orientation = _field(header, "orientation", 1)  # EXIF 2.32, 4.6.5.1.6
         on_its_side = 5 <= orientation <= 8
-        self.width, self.height = (
-            (header.height, header.width) if on_its_side else (header.width, header.height)
-        )  # fmt: skip
+        self._stored = header.width, header.height
+        self.width, self.height = self._stored[::-1] if on_its_side else self._stored
         self._is_plain_jpeg = (
             loader == "VipsForeignLoadJpeg"
             and orientation == 1
@@ -251,10 +250,12 @@ class Source(Picture):
         _require_budget(self.width, self.height, self._frame_count)
         roll = Image.new_from_file(str(self.path), n=-1, access="sequential", fail_on="error")
         roll = self._in_srgb(roll).copy_memory()
+        roll.remove("page-height")  # no frame is a roll
+        width, height = self._stored
         # What a decoder finds may be less than what its header promised.
-        tops = range(0, roll.height - self.height + 1, self.height)
+        tops = range(0, roll.height - height + 1, height)
         return Frames(
-            [Made(roll.crop(0, top, self.width, self.height)) for top in tops],
+            [Made(roll.crop(0, top, width, height).autorot()) for top in tops],
             _field(roll, "delay", [100] * len(tops))[: len(tops)],
             _field(roll, "loop", 0),
         )

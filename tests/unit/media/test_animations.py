@@ -101,6 +101,53 @@ def test_where_the_format_holds_no_frames_the_first_is_used(run, animation, form
     assert near(result.convert("RGB").getpixel((2, 20)), COLOURS[0], within=20)
 
 
+# How an upright picture is stored for each orientation (EXIF 2.32, 4.6.5.1.6).
+STORED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("format_", [Format.GIF, Format.WEBP])
+@pytest.mark.parametrize("orientation", STORED)
+def test_every_frame_is_upright(run, tmp_path, orientation, format_):
+    frames = [Image.new("RGB", (120, 80), colour) for colour in COLOURS]
+    for frame in frames:
+        frame.paste((255, 255, 255), (0, 0, 40, 20))
+    stored = [frame if (how := STORED[orientation]) is None else frame.transpose(how) for frame in frames]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = tmp_path / "turned.webp"
+    stored[0].save(turned, save_all=True, append_images=stored[1:], duration=DELAYS, lossless=True, exif=exif.tobytes())
+
+    result, written = run(Convert(format=format_), turned)
+
+    assert result.size == (written.width, written.height) == (120, 80)
+    assert as_it_was(result)
+    assert 0x0112 not in result.getexif()
+    for number in range(len(COLOURS)):
+        result.seek(number)
+        shown = result.convert("RGB")
+        assert near(shown.getpixel((20, 10)), (255, 255, 255), within=30)
+        assert not near(shown.getpixel((100, 10)), (255, 255, 255), within=30)
+        assert not near(shown.getpixel((20, 70)), (255, 255, 255), within=30)
+
+
+def test_of_sizes_with_frames_and_without_each_is_as_large_as_told(run_all, animation):
+    sizes = (Resize(width=60, format=Format.JPEG), Resize(width=60, format=Format.GIF))
+
+    still, moving = run_all(Thumbnails(sizes=sizes), animation)
+
+    for image, written in (still, moving):
+        assert (written.width, written.height) == image.size == (60, 40)
+
+
 def test_an_operation_that_makes_new_images_keeps_times_and_loop(animation):
     frames = Source(animation).frames(animated=True).each(lambda picture: pyvips.Image.black(picture.width, 9, bands=3))
 
