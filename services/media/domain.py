@@ -146,6 +146,8 @@ class Operation(Work):
 
     format: Format | None = None
     quality: int = 80
+    still: bool = False
+    """Of an animation the first frame only, whatever the format: for renders; a task cannot ask for it."""
 
     @property
     def is_transparent(self) -> bool:

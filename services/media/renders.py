@@ -98,6 +98,7 @@ class Render:
             # Only a box can be filled; towards one side it means the same as to fit.
             fit=Fit.FIT if wanted.fit is Fit.FILL and not both else wanted.fit,
             format=wanted.format or preferred or own,
+            still=True,
         )
         return cls(original, operation, work_key(original.sha256, canonical(operation, {}), ENCODER))
 

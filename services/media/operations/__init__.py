@@ -74,7 +74,8 @@ def run(
         opened.format = domain.Format.PNG
     try:
         formats = FORMATS[type(end)](end, opened)
-        frames = opened.frames(animated=any(format_.holds_frames for format_ in formats))
+        still = any(step.still for step in steps)
+        frames = opened.frames(animated=not still and any(format_.holds_frames for format_ in formats))
         for step in steps:
             frames = frames.each(partial(_done, step, others))
         return WRITE[type(end)](frames, end, opened, partial(domain.result_path, folder), progress)

@@ -178,6 +178,21 @@ async def test_without_a_size_no_side_is_longer_than_the_bound(start: Start):
     assert picture(answer) == ("PNG", (4096, 8))
 
 
+async def test_of_an_animation_the_first_frame_is_shown(start: Start):
+    gallery, animation = await start(), io.BytesIO()
+    red, blue = Image.new("RGB", (80, 60), (200, 0, 0)), Image.new("RGB", (80, 60), (0, 0, 200))
+    red.save(animation, "GIF", save_all=True, append_images=[blue], duration=100)
+    file_id = await gallery.put(animation.getvalue(), "moving.gif")
+
+    answers = [await gallery.get(file_id, width=40, format=format_) for format_ in ("gif", "webp")]
+
+    for answer in answers:
+        assert picture(answer)[1] == (40, 30)
+        shown = Image.open(io.BytesIO(answer.content))
+        assert getattr(shown, "n_frames", 1) == 1
+        assert shown.convert("RGB").getpixel((20, 15))[0] > 150
+
+
 async def test_one_side_filled_keeps_the_ratio(start: Start):
     gallery = await start()
 
