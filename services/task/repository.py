@@ -676,15 +676,16 @@ def _event_columns(before: Task | None, change: Change) -> dict[str, Any]:
 
 
 def _facts(before: Task | None, after: Task) -> dict[str, Any]:
-    """Return the columns that an event changed, as JSON: all of them for the first."""
-    was, now_is = ({} if before is None else _columns(before)), _columns(after)
-    changed = {name for name, value in now_is.items() if name not in was or was[name] != value}
+    """Return the columns that an event changed, as JSON; before the first one all were empty."""
+    now_is = _columns(after)
+    was = dict.fromkeys(now_is) if before is None else _columns(before)
+    changed = {name for name, value in now_is.items() if was[name] != value}
     return {name: _to_json(now_is[name]) for name in changed | _UNTOLD}
 
 
 def _told(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the row that a task's events, oldest first, have made."""
-    columns: dict[str, Any] = {}
+    columns = dict[str, Any].fromkeys(task_table.c.keys())
     for each in facts:
         columns |= each
     return {name: _from_json(task_table.c[name], value) for name, value in columns.items()}
