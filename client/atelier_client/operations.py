@@ -130,17 +130,41 @@ def build(kind: FieldDescriptor, values: Mapping[str, Any]) -> Operation:
     return operation
 
 
-def without_format(operation: Operation) -> Iterator[Any]:
-    """Yield those of several results, e.g. the sizes of thumbnails, that do not say their format."""
-    kind = operation.DESCRIPTOR.fields_by_name[operation.WhichOneof("kind") or ""]
-    for parameter in parameters(kind.message_type):
+def several(operation: Operation) -> Iterator[Any]:
+    """Yield what says the format of each of several results, e.g. the sizes of thumbnails."""
+    for parameter, value in _said(operation):
         entry = parameter.field.message_type
         named = entry and entry.fields_by_name.get("format")
         if parameter.field.is_repeated and named and named.enum_type is _FORMAT:
-            several: Any = getattr(operation, kind.name)
-            for field in parameter.path:
-                several = getattr(several, field.name)
-            yield from (each for each in several if not each.format)
+            yield from value
+
+
+def endings(operation: Operation) -> list[str]:
+    """Return all that the names of an operation's results may have after the name that was asked for.
+
+    Of several results it begins with their numbers; a result whose format is not said may be of any.
+    """
+    formats = [each.format for each in several(operation)]
+    if len(formats) > 1:
+        return [f"-{n}{suffix}" for n, number in enumerate(formats, 1) for suffix in _suffixes(number)]
+    formats += [value for parameter, value in _said(operation) if parameter.is_format and value]
+    return _suffixes(formats[0] if formats else 0)
+
+
+def _suffixes(number: int) -> list[str]:
+    known = {value.number: f".{_short(_FORMAT, value.name)}" for value in _FORMAT.values if value.number}
+    known[media_pb2.FORMAT_JPEG] = ".jpg"  # as the server names its results
+    return [known[number]] if number else list(known.values())
+
+
+def _said(operation: Operation) -> Iterator[tuple[Parameter, Any]]:
+    """Yield what an operation says of each of its parameters."""
+    kind = operation.DESCRIPTOR.fields_by_name[operation.WhichOneof("kind") or ""]
+    for parameter in parameters(kind.message_type):
+        value: Any = getattr(operation, kind.name)
+        for field in parameter.path:
+            value = getattr(value, field.name)
+        yield parameter, value
 
 
 def _type(field: FieldDescriptor, bounds: policy_pb2.Bounds) -> click.ParamType[Any]:

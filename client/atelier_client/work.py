@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -118,22 +118,28 @@ def _runner(kind: FieldDescriptor) -> click.Command:
             values = _with_format(known, values, named)
         marks = {parameter.name: values[parameter.name] for parameter in known if parameter.bounds.file}
         marks = {name: mark for name, mark in marks.items() if mark}
-        for path in (*sources, *marks.values()):
+        inputs = (*sources, *marks.values())
+        for path in inputs:
             _require_source(path)
-        _built(kind, values, named)  # before anything is sent: it refuses what is incomplete
+        operation = _built(kind, values, named)  # before anything is sent: it refuses what is incomplete
+        written_to = None if detach else output
+        _require_no_input(inputs, _places(written_to, sources, operation))
         with Steps(shell) as steps:
             sent = {name: (await _on_server(atelier, mark, steps)).file_id for name, mark in marks.items()}
             operation = _built(kind, {**values, **sent}, named)
             files = [await _on_server(atelier, source, steps) for source in sources]
             if len(files) > 1:
-                folder = None if detach else output
-                answer, text = await _many(atelier, steps, files, operation, folder, deadline=limit, webhook=webhook)
-            elif output is None or detach:
+                # Once more, now that the names of files that the server had already are known.
+                _require_no_input(inputs, _places(written_to, [file.name for file in files], operation))
+                answer, text = await _many(
+                    atelier, steps, files, operation, written_to, deadline=limit, webhook=webhook
+                )
+            elif written_to is None:
                 task = await atelier.create_task(files[0].file_id, operation, deadline=limit, webhook_url=webhook)
                 answer = {"task": document(task)}
                 text = f"{task.task_id}\nFollow it with: atelier tasks watch {task.task_id}"
             else:
-                result, paths, sizes = await _finished(atelier, steps, files[0], operation, output, deadline=limit)
+                result, paths, sizes = await _finished(atelier, steps, files[0], operation, written_to, deadline=limit)
                 answer = {"task": document(result.task), "output": paths[0], "file": document(result.file)}
                 if len(paths) > 1:
                     answer |= {"outputs": paths, "files": [document(each) for each in result.files]}
@@ -158,8 +164,9 @@ def _runner(kind: FieldDescriptor) -> click.Command:
                 ["-o", "--output"],
                 metavar="PATH",
                 help="Where the result goes; - is standard output. Its extension gives the format, or --format does. "
-                "Of several files, the folder where the results go, by the files' names. Several results are numbered: "
-                "for small.webp they are small-1.webp and small-2.webp.",
+                "Of several files, the folder where the results go, by the files' names; it is made if missing. "
+                "Several results are numbered: for small.webp they are small-1.webp and small-2.webp. "
+                "A file that is there is replaced, but none that is worked on.",
             ),
             click.Option(
                 ["--deadline"],
@@ -199,6 +206,7 @@ async def _many(
         text = f"{batch.batch_id}\nFollow it with: atelier tasks watch {batch.batch_id}"
         return {"batch": document(batch)}, text
     _require_names([file.name for file in files])
+    await asyncio.to_thread(Path(folder).mkdir, exist_ok=True)
     batch = TaskBatch()
 
     def on_progress(newer: TaskBatch) -> None:
@@ -244,8 +252,8 @@ def _built(kind: FieldDescriptor, values: Mapping[str, Any], named: Path | None)
     """Return the operation that the options' values say, each of several results in the format of the output's name."""
     operation = operations.build(kind, values)
     if named is not None:
-        for result in operations.without_format(operation):
-            result.format = operations.format_of(named) or 0
+        for result in operations.several(operation):
+            result.format = result.format or operations.format_of(named) or 0
     return operation
 
 
@@ -336,9 +344,13 @@ def _require_folder(sources: Sequence[str], output: str | None, detach: bool) ->
         raise click.UsageError(f"{len(sources):,} files are more than a batch may have, {MOST_AT_ONCE:,}.")
     if output is None and not detach:
         raise click.UsageError("Say where the results go: -o FOLDER (or --detach).")
-    if output is not None and not Path(output).is_dir():
-        raise click.UsageError(f"{output} is not a folder; the results of several files go to one.")
     if output is not None:
+        folder = Path(output)
+        # It would be made; but small.webp was meant as a file.
+        if output == STANDARD or (not folder.is_dir() and (folder.exists() or folder.suffix)):
+            raise click.UsageError(f"{output} is not a folder; the results of several files go to one.")
+        if not folder.absolute().parent.is_dir():
+            raise click.UsageError(f"There is no folder {folder.absolute().parent}.")
         _require_names(sources)
 
 
@@ -347,6 +359,34 @@ def _require_names(names: Sequence[str]) -> None:
     stems = Counter(Path(name).stem for name in names)
     if same := [stem for stem, count in stems.items() if count > 1]:
         raise click.UsageError(f"The results of two files would have one name: {same[0]}.")
+
+
+def _places(output: str | None, names: Sequence[str], operation: Operation) -> Iterator[Path]:
+    """Yield every path at which a result may be written: see `_many` and `_paths`."""
+    endings = operations.endings(operation)
+    if output is None or output == STANDARD:
+        return
+    if len(names) > 1:
+        yield from (Path(output) / f"{Path(name).stem}{ending}" for name in names for ending in endings)
+    elif len(list(operations.several(operation))) > 1:
+        yield from (Path(output).with_name(f"{Path(output).stem}{ending}") for ending in endings)
+    else:
+        yield Path(output)
+
+
+def _require_no_input(inputs: Sequence[str], places: Iterable[Path]) -> None:
+    """Refuse a place where a result would replace a file that is worked on."""
+    taken = {_identity(Path(path)) for path in inputs if not _is_id(path)}
+    for place in places:
+        if place.exists() and _identity(place) in taken:  # also by another name: a link, or in other capitals on a Mac
+            raise click.UsageError(
+                f"A result may replace {place}, which is worked on; name another file or folder with -o."
+            )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def _is_id(source: str) -> bool:

@@ -142,6 +142,71 @@ async def test_several_files_need_a_folder_and_names_of_their_own(person: Person
         assert complaint in err
 
 
+async def test_no_result_replaces_what_is_worked_on(person: Person, installation: Installation) -> None:
+    sources = photos(person)
+    (person.folder / "a-2.webp").write_bytes(b"photo")
+    (person.folder / "link.webp").symlink_to("a.jpg")
+    sizes = _each("--sizes", ['{"width": 8, "format": "FORMAT_WEBP"}', '{"width": 9, "format": "FORMAT_WEBP"}'])
+    await person.registers()
+
+    answers = [
+        await person.types("run", "resize", *sources, "--width", "8", "-o", "."),
+        await person.types("run", "resize", "a.jpg", "--width", "8", "-o", "a.jpg"),
+        await person.types("run", "resize", "a.jpg", "--width", "8", "-o", "link.webp"),
+        await person.types("run", "watermark", "a.jpg", "--image", "b.png", "-o", "b.png"),
+        await person.types("run", "thumbnails", "a.jpg", "a-2.webp", *sizes, "-o", "."),
+        await person.types("run", "thumbnails", "a.jpg", "--sizes", '{"width": 8}', "-o", "a.jpg"),
+    ]
+
+    for (code, _, err), name in zip(
+        answers, ("a.jpg", "a.jpg", "link.webp", "b.png", "a-2.webp", "a.jpg"), strict=True
+    ):
+        assert (code, f"may replace {name}," in err, "with -o" in err) == (2, True, True), err
+    assert installation.files == {}
+    assert [(person.folder / name).read_bytes() for name in sources] == [b"\xff\xd8 photo"] * 2
+
+
+async def test_results_in_another_format_may_lie_beside_what_they_are_made_of(
+    person: Person, installation: Installation
+) -> None:
+    sources = photos(person)
+    (person.folder / "a.webp").write_bytes(b"an earlier result")
+    await person.registers()
+
+    code, _, err = await person.types("run", "resize", *sources, "--width", "8", "--format", "webp", "-o", ".")
+
+    assert (code, [(person.folder / name).read_bytes() for name in ("a.webp", "b.webp")]) == (0, [RESULT] * 2), err
+    assert [(person.folder / name).read_bytes() for name in sources] == [b"\xff\xd8 photo"] * 2
+
+
+async def test_a_file_of_the_server_with_an_input_s_name_does_not_replace_it(
+    person: Person, installation: Installation
+) -> None:
+    photo(person)
+    (person.folder / "logo.png").write_bytes(b"\x89PNG logo")
+    await person.registers()
+    there = installation.keep("logo.png", "image/png", b"1").file_id
+
+    code, _, err = await person.types(
+        "run", "watermark", "photo.jpg", there, "--image", "logo.png", "-o", ".", "--format", "png"
+    )
+
+    assert (code, "may replace logo.png" in err, installation.tasks) == (2, True, {})
+
+
+async def test_the_folder_of_the_results_is_made(person: Person, installation: Installation) -> None:
+    sources = photos(person)
+    await person.registers()
+
+    code, _, err = await person.types("run", "resize", *sources, "--width", "8", "-o", "new")
+    missing, _, complaint = await person.types("run", "resize", *sources, "--width", "8", "-o", "no/new")
+    standard, _, _ = await person.types("run", "resize", *sources, "--width", "8", "-o", "-")
+
+    assert (code, {path.name for path in (person.folder / "new").iterdir()}) == (0, {"a.webp", "b.webp"}), err
+    assert (missing, "There is no folder" in complaint) == (2, True)
+    assert (standard, (person.folder / "-").exists()) == (2, False)
+
+
 async def test_on_a_terminal_the_bar_goes_and_the_answer_stays(person: Person) -> None:
     photo(person)
     await person.registers()

@@ -111,6 +111,22 @@ def test_an_extension_says_the_format(path: str, number: int | None) -> None:
     assert operations.format_of(Path(path)) == number
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "endings"),
+    [
+        ("resize", {"width": 8, "format": "jpeg"}, [".jpg"]),
+        ("resize", {"width": 8}, [".jpg", ".png", ".webp", ".avif", ".gif", ".pdf"]),
+        ("thumbnails", {"sizes": ('{"width": 8, "format": "FORMAT_PNG"}',)}, [".png"]),
+        ("thumbnails", {"sizes": ('{"width": 8, "format": "FORMAT_PNG"}',) * 2}, ["-1.png", "-2.png"]),
+        ("pipeline", {"steps": ('{"upscale": {}}',), "compress": 9, "compress_format": "webp"}, [".webp"]),
+    ],
+)
+def test_the_endings_of_the_results_names_are_known_before(
+    name: str, values: dict[str, object], endings: list[str]
+) -> None:
+    assert operations.endings(operations.build(kind(name), values)) == endings
+
+
 def test_an_unknown_extension_is_refused_with_those_that_are_known() -> None:
     with pytest.raises(click.UsageError, match=r"\.bmp.*\.avif, \.gif, \.jpeg, \.jpg, \.pdf, \.png, \.webp"):
         operations.format_of(Path("a.bmp"))
