@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 from math import isqrt
+from unicodedata import category
 
 import pyvips
 
@@ -14,6 +15,9 @@ from services.media.operations.image import Picture, Source, rgb
 # Noto has most scripts, Droid Sans Fallback Chinese, Japanese and Korean; `scripts/up` installs both.
 FONTS = "Noto Sans, Droid Sans Fallback, DejaVu Sans, sans"
 MIN_LETTER_PX = 12
+# Control characters, line ends other than \n, halves of letters, what is no letter yet. Not Cf and Zs: joiners and
+# spaces are part of a word's spelling, and marks of direction of its order.
+NO_TEXT = ("Cc", "Zl", "Zp", "Cs", "Cn")
 
 
 def run(picture: Picture, operation: Watermark, files: Mapping[str, Source]) -> pyvips.Image:
@@ -48,7 +52,8 @@ def _tiled(mark: pyvips.Image, width: int, height: int, margin_px: int) -> pyvip
 
 
 def _text(text: Text, image_height: int, room_width: int, room_height: int) -> pyvips.Image:
-    content = "".join(letter for letter in text.content if letter == "\n" or letter.isprintable()).strip()
+    content = text.content.replace("\t", " ")
+    content = "".join(letter for letter in content if letter == "\n" or category(letter) not in NO_TEXT).strip()
     if not content:
         raise TextEmpty("The watermark's text has nothing to show.")
     wanted_px = text.size_px or max(MIN_LETTER_PX, image_height // 20)
@@ -56,9 +61,14 @@ def _text(text: Text, image_height: int, room_width: int, room_height: int) -> p
     letter_px = max(1, min(wanted_px, isqrt(room_width * room_height // len(content))))
     families = f"{text.font}, {FONTS}" if text.font else FONTS
     # At 72 dpi a point is a pixel. Pango takes markup: a text must not become some.
-    mask = pyvips.Image.text(
-        escape(content, quote=False), font=f"{families} {letter_px}", dpi=72, width=room_width, wrap="word-char"
-    )
+    try:
+        mask = pyvips.Image.text(
+            escape(content, quote=False), font=f"{families} {letter_px}", dpi=72, width=room_width, wrap="word-char"
+        )
+    except pyvips.Error as fault:
+        if "no text to render" in str(fault):  # letters that all are blank, which only their font knows
+            raise TextEmpty("The watermark's text has nothing to show.") from fault
+        raise
     mask = _inside(mask, room_width, room_height)
     return mask.new_from_image(rgb(text.colour)).copy(interpretation="srgb").bandjoin(mask)
 

@@ -445,7 +445,39 @@ def test_opacity_zero_changes_nothing(run, coffee):
     assert result.tobytes() == Image.open(coffee).convert("RGB").tobytes()
 
 
-@pytest.mark.parametrize("content", [" ", "\n", "\x00\x01", "\u200b"])
+# Spelled with: a joiner, a non-joiner, a space that does not break, a wide one, a tab. Of one script each, so that no
+# other font comes in.
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\u0d9a\u0dca\u200d\u0dbb",
+        "10\u00a0EUR",
+        "\u5c71\u3000\u592a",
+        "10\tEUR",
+    ],
+)
+def test_a_text_keeps_the_letters_that_are_not_seen_themselves(run, coffee, content):
+    def shown(text: str) -> bytes:
+        return run(Watermark(text=Text(content=text, size_px=40), opacity=1), coffee)[0].tobytes()
+
+    bare = "".join(letter for letter in content if letter.isprintable())
+
+    assert bare != content
+    assert shown(content) != shown(bare)
+
+
+@pytest.mark.parametrize("odd", ["\x00", "\x1b", "\r", "\u2028", "\u2029", "\ufffe", "\ud800"])
+def test_a_text_drops_what_is_no_letter(run, coffee, odd):
+    def shown(text: str) -> bytes:
+        return run(Watermark(text=Text(content=text, size_px=40), opacity=1), coffee)[0].tobytes()
+
+    assert shown(f"two{odd}\nlines") == shown("two\nlines")
+
+
+@pytest.mark.parametrize(
+    "content", [" ", "\n", "\x00\x01", "\u200b", "\u200d", "\u202e", "\u2066 \u2069", "\u3164", "\u2800", "\u00ad"]
+)
 def test_a_text_of_nothing_is_refused(run, coffee, content):
     with pytest.raises(TextEmpty):
         run(Watermark(text=Text(content=content)), coffee)
