@@ -460,18 +460,23 @@ def canonical(operation: Work, contents: Mapping[str, str]) -> str:
     return json.dumps(_plain(operation, contents), sort_keys=True, separators=(",", ":"))
 
 
-def models_used(canonical_operation: str, models: Iterable[Model], face_detector: str) -> str:
+def models_used(canonical_operation: str, models: Iterable[Model], face_detector: str, fonts: str) -> str:
     """Return the names, versions and weights of the models that serve what stands in `canonical(operation)`.
+
+    And of what else differs between workers and shows in what comes out.
 
     Args:
         canonical_operation: may name several.
         models: those that are there.
         face_detector: what finds faces here, empty for nothing: then the same operation gives something else.
+        fonts: what texts are drawn with here.
     """
     used = [each for each in models if f'"operation":"{_camel(each.operation)}"' in canonical_operation]
     names = [f"{each.name} {each.version} {each.sha256[:16]}" for each in used]
     if face_detector and f'"interest":"{Interest.FACES.name}"' in canonical_operation:
         names.append(face_detector)
+    if '"text":{' in canonical_operation:
+        names.append(fonts)
     return ", ".join(names)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import signal
 import socket
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib import metadata
 from pathlib import Path
@@ -43,6 +44,9 @@ FACE_DETECTOR = " ".join(
     f"{each} {metadata.version(each)}" for each in sorted({*metadata.packages_distributions().get("cv2", ())})
 )
 """What `operations.faces` finds them with; empty where it is not installed."""
+# Those of the machine, and fontconfig's rules for choosing among them. A child has neither a home nor settings that
+# would lead it to more.
+FONT_FOLDERS = (Path("/usr/share/fonts"), Path("/usr/local/share/fonts"), Path("/etc/fonts"))
 JOBS_PER_PROCESS = 500  # then a fresh one: whatever libraries leak is bounded
 
 # All that the child needs; the broker's password and the rest of our environment are none of its business.
@@ -217,6 +221,16 @@ class Inference:
         with contextlib.suppress(BlockingIOError):
             while True:
                 self._listening.accept()[0].close()
+
+
+def fonts(folders: Iterable[Path] = FONT_FOLDERS) -> str:
+    """Return what stands for the fonts that are installed: with others a text has other letters, or boxes.
+
+    Their files' names and sizes: libvips brings fontconfig as a library, not the program that lists them.
+    """
+    found = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    files = sorted((path.name, path.stat().st_size) for path in found)
+    return f"fonts {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}"
 
 
 async def _begun(module: str, *arguments: str, env: Mapping[str, str] | None = None, **options: Any) -> Process:

@@ -85,6 +85,7 @@ class Worker:
         pools: Sequence[str],
         models: Sequence[Model] = (),
         face_detector: str = FACE_DETECTOR,
+        fonts: str,
         worker_id: str,
         drain_seconds: float,
     ) -> None:
@@ -95,6 +96,7 @@ class Worker:
         self._pools = pools
         self._models = models
         self._face_detector = face_detector
+        self._fonts = fonts
         self._worker_id = worker_id
         self._drain_seconds = drain_seconds
         self._draining = False
@@ -252,7 +254,7 @@ class Worker:
             input_file_ids=[task.input_file_id, *others],
             operation=said,
             encoder=ENCODER,
-            model=models_used(said, self._models, self._face_detector),
+            model=models_used(said, self._models, self._face_detector, self._fonts),
         )
         async with self._made.taken(work, capability) as file_ids:
             if file_ids:

@@ -38,6 +38,8 @@ BY_FACES = media_pb2.Operation(
     smart_crop=media_pb2.SmartCrop(width=40, height=40, interest=media_pb2.SmartCrop.INTEREST_FACES)
 )
 
+MARKED = media_pb2.Operation(watermark=media_pb2.Watermark(text=media_pb2.Watermark.Text(content="Hello")))
+
 
 class Tasks(conftest.Tasks):
     """Gives capabilities that storage believes."""
@@ -127,7 +129,7 @@ async def start(tmp_path: Path, sqlite_databases: SqliteDatabases) -> AsyncItera
                     pools=[CPU],
                     worker_id=config.instance,
                     drain_seconds=0.3,
-                    **settings,
+                    **{"fonts": processes.fonts(), **settings},
                 )
                 house.running.append(asyncio.create_task(worker.run(house.permits)))
                 stack.push_async_callback(house.stop)
@@ -192,6 +194,34 @@ async def test_a_crop_by_faces_of_a_worker_that_finds_none_is_other_work(start: 
 
     assert (house.jobs, without.provenance.model) == (3, "")  # what has no faces to find was done once
     assert found.provenance.model == processes.FACE_DETECTOR
+
+
+async def test_a_text_of_a_worker_with_other_fonts_is_other_work(start: Start):
+    house = await start(fonts="fonts 0")
+    file_id = await house.put()
+    without = await house.result(house.do(file_id, MARKED))
+    await house.result(house.do(file_id, SHORT))
+    await house.stop()
+
+    await start()
+    found = await house.result(house.do(file_id, MARKED))
+    await house.result(house.do(file_id, SHORT))
+
+    assert (house.jobs, without.provenance.model) == (3, "fonts 0")  # what has no text was done once
+    assert found.provenance.model == processes.fonts()
+
+
+def test_fonts_are_told_apart_by_their_files(tmp_path: Path) -> None:
+    (tmp_path / "noto").mkdir()
+    none = processes.fonts([tmp_path, tmp_path / "not there"])
+    (tmp_path / "noto" / "Sans.ttf").write_bytes(b"1")
+    one = processes.fonts([tmp_path])
+    again = processes.fonts([tmp_path])
+    (tmp_path / "noto" / "Sans.ttf").write_bytes(b"12")
+
+    newer = processes.fonts([tmp_path])
+
+    assert (one, len({none, one, newer})) == (again, 3)
 
 
 async def test_two_workers_at_once_decode_once(start: Start):

@@ -53,7 +53,9 @@ class File(_message.Message):
         encoder: _builtins.str
         """What decoded and encoded, with its version, e.g. `libvips 8.18.7`."""
         model: _builtins.str
-        """Name, version and hash of the model, or name and version of what looked for faces; empty where none was used."""
+        """Name, version and hash of the model, name and version of what looked for faces, `fonts` and a hash of those that
+        were installed where a text was drawn; empty where none was used.
+        """
         def __init__(
             self,
             *,
