@@ -185,8 +185,6 @@ class Image:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watermark(Operation):
-    VERSION: ClassVar[int] = 2
-
     text: Text | None = None
     image: Image | None = None
     gravity: Gravity = Gravity.SOUTH_EAST
