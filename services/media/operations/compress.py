@@ -23,29 +23,34 @@ def write(frames: Frames, operation: Compress, source: Source, place: Place, pro
         pixels = image.flattened(pixels, domain.WHITE)
     pixels = pixels.copy_memory()  # decoded once for all encodings
     steps = ladder(format_, operation.min_quality)
+    most = len(steps) if format_ is Format.PNG else len(steps).bit_length()  # encodings
     files: dict[int, bytes] = {}
 
-    def too_large(step: int) -> bool:
+    def fits(step: int) -> bool:
         files[step] = image.encoded(pixels, format_, steps[step])
-        progress(len(files) / len(steps).bit_length())
-        return len(files[step]) > operation.max_bytes
+        progress(len(files) / most)
+        return len(files[step]) <= operation.max_bytes
 
-    found = bisect_left(range(len(steps)), True, key=too_large)
-    if found == 0:
+    if format_ is Format.PNG:  # fewer colours may take more bytes: what a palette lacks is dithered
+        found = next(filter(fits, range(len(steps))), len(steps))
+    else:
+        found = bisect_left(range(len(steps)), True, key=fits)
+    if found == len(steps):
+        smallest = min(map(len, files.values()))
         raise TargetUnreachable(
-            f"The image takes {len(files[0])} bytes at least as {format_.name}; {operation.max_bytes} were asked for.",
+            f"The image takes {smallest} bytes at least as {format_.name}; {operation.max_bytes} were asked for.",
             metadata={
-                "smallest_bytes": str(len(files[0])), "max_bytes": str(operation.max_bytes), "format": format_.name
+                "smallest_bytes": str(smallest), "max_bytes": str(operation.max_bytes), "format": format_.name
             },
         )  # fmt: skip
-    place(0, format_).write_bytes(files[found - 1])
+    place(0, format_).write_bytes(files[found])
     return [image.written(pixels, format_, place(0, format_))]
 
 
 def ladder(format_: Format, min_quality: int) -> Sequence[Mapping[str, Any]]:
-    """Return a format's options for libvips, from the smallest file to the best."""
+    """Return a format's options for libvips, from the best to the smallest file."""
     if format_ is Format.PNG:
-        return [*({"palette": True, "bitdepth": bits} for bits in (1, 2, 4, 8)), {}]
+        return [{}, *({**image.PALETTE, "bitdepth": bits} for bits in (8, 4, 2, 1))]
     if format_ is Format.GIF:
-        return [{"bitdepth": bits} for bits in range(1, 9)]
-    return [{"Q": quality} for quality in range(min_quality, 101)]
+        return [{"bitdepth": bits} for bits in range(8, 0, -1)]
+    return [{"Q": quality} for quality in range(100, min_quality - 1, -1)]

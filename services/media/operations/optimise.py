@@ -22,7 +22,7 @@ LADDERS: Mapping[Format, Sequence[Mapping[str, Any]]] = {
     Format.JPEG: [*_QUALITIES, {"Q": 100}],
     Format.WEBP: [*_QUALITIES, {"lossless": True}],
     Format.AVIF: [*_QUALITIES, {"lossless": True}],
-    Format.PNG: [{"palette": True}, {}],
+    Format.PNG: [image.PALETTE, {}],
     Format.GIF: [{"bitdepth": bits} for bits in range(4, 9)],
 }
 TILE_PX, TILES_A_SIDE = 256, 4  # of the sample: a megapixel
@@ -81,15 +81,20 @@ def _promising(
     sample = _sample(pixels)
     found: list[tuple[int, Format, int]] = []
     for done, format_ in enumerate(tried, 1):
-        sizes: dict[int, int] = {}
+        sizes: dict[int, int] = {}  # of those that are alike
 
         def alike(step: int, format_: Format = format_, sizes: dict[int, int] = sizes) -> bool:
             file = image.encoded(sample, format_, LADDERS[format_][step])
+            if ssim(sample, image.decoded(file, format_)) < min_ssim:
+                return False
             sizes[step] = len(file)
-            return ssim(sample, image.decoded(file, format_)) >= min_ssim
+            return True
 
-        step = bisect_left(range(len(LADDERS[format_])), True, key=alike)
-        if step in sizes:
+        bisect_left(range(len(LADDERS[format_])), True, key=alike)
+        if format_ is Format.WEBP:
+            alike(len(LADDERS[format_]) - 1)
+        if sizes:
+            step = min(sizes, key=sizes.__getitem__)  # of a drawing or a gradient the file without loss may be smallest
             found.append((sizes[step], format_, step))
         progress(done / (len(tried) + 1))
     return [(format_, LADDERS[format_][step:]) for _, format_, step in sorted(found, key=lambda each: each[0])]

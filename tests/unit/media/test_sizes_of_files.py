@@ -13,6 +13,13 @@ from services.media.domain import AlreadySmallest, Compress, Convert, Fit, Forma
 from services.media.operations.ssim import ssim
 
 
+def gradient(path) -> None:
+    """Write a PNG of more colours than a palette has, as small as it gets without loss."""
+    x, y = pyvips.Image.xyz(512, 512).bandsplit()
+    colours = (x / 2).bandjoin([y / 2, (x + y) / 4]).cast("uchar").copy(interpretation="srgb")
+    colours.write_to_file(str(path), compression=9, filter="all", keep="none")
+
+
 def seen(path) -> pyvips.Image:
     return pyvips.Image.new_from_file(str(path)).icc_transform("srgb", embedded=True, input_profile="srgb")
 
@@ -35,6 +42,25 @@ def test_a_target_that_is_large_enough_costs_no_quality(run, coffee):
     assert result.tobytes() == Image.open(coffee).convert("RGB").tobytes()
 
 
+def test_a_png_that_fits_as_it_is_loses_no_colours(run, tmp_path):
+    """A palette of it is larger than all its colours are: what a palette lacks is dithered."""
+    gradient(tmp_path / "gradient.png")
+    before = Image.open(tmp_path / "gradient.png").convert("RGB")
+
+    result, _ = run(Compress(max_bytes=(tmp_path / "gradient.png").stat().st_size), tmp_path / "gradient.png")
+
+    assert result.convert("RGB").tobytes() == before.tobytes()
+
+
+def test_a_png_that_cannot_be_so_small_says_the_least_of_all_it_tried(run, tmp_path):
+    gradient(tmp_path / "gradient.png")
+
+    with pytest.raises(TargetUnreachable) as refusal:
+        run(Compress(max_bytes=300), tmp_path / "gradient.png")
+
+    assert int(refusal.value.metadata["smallest_bytes"]) <= (tmp_path / "gradient.png").stat().st_size
+
+
 def test_a_target_that_cannot_be_met_says_what_could(run, coffee):
     with pytest.raises(TargetUnreachable) as refusal:
         run(Compress(max_bytes=500, format=Format.JPEG), coffee)
@@ -55,13 +81,15 @@ def test_quality_is_not_sacrificed_below_what_was_asked(run, coffee, tmp_path):
         run(Compress(max_bytes=target, format=Format.JPEG, min_quality=60), coffee)
 
 
-def test_encodings_are_bounded(coffee, tmp_path):
+@pytest.mark.parametrize("format_", [Format.JPEG, Format.PNG, Format.GIF])
+def test_encodings_are_bounded(coffee, tmp_path, format_):
     told: list[float] = []
 
-    operations.run(Compress(max_bytes=20_000, format=Format.JPEG), coffee, {}, tmp_path, told.append)
+    operations.run(Compress(max_bytes=30_000, format=format_), coffee, {}, tmp_path, told.append)
 
     assert told == sorted(told)
     assert len(told) <= 7
+    assert told[-1] <= 1
 
 
 @pytest.mark.parametrize("format_", [Format.JPEG, Format.WEBP, Format.AVIF, Format.PNG])
@@ -117,6 +145,27 @@ def test_a_sample_that_misleads_is_found_out(run, tmp_path):
     _, written = run(Optimise(min_ssim=0.98, format=Format.JPEG), tmp_path / "large.png")
 
     assert ssim(seen(tmp_path / "large.png"), seen(written.path)) >= 0.98
+
+
+@pytest.mark.parametrize("format_", [Format.PNG, Format.WEBP])
+def test_nothing_is_lost_where_the_smallest_file_is_one_without_loss(run, tmp_path, format_):
+    gradient(tmp_path / "gradient.png")
+    before = Image.open(tmp_path / "gradient.png")
+
+    result, written = run(Optimise(format=format_), tmp_path / "gradient.png")
+
+    assert written.path.stat().st_size <= (tmp_path / "gradient.png").stat().st_size
+    assert result.tobytes() == before.tobytes()
+
+
+def test_a_grey_image_is_a_grey_png(run, tmp_path):
+    grey = pyvips.Image.gaussnoise(200, 200, sigma=40, mean=120, seed=1).gaussblur(2).cast("uchar")
+    grey.copy(interpretation="b-w").write_to_file(str(tmp_path / "grey.png"), compression=0)
+
+    result, _ = run(Optimise(format=Format.PNG, min_ssim=1), tmp_path / "grey.png")
+
+    assert result.mode == "L"
+    assert result.tobytes() == Image.open(tmp_path / "grey.png").tobytes()
 
 
 def test_transparency_is_compared_and_kept(run, tmp_path):
