@@ -48,21 +48,22 @@ def write(frames: Frames, operation: Optimise, source: Source, place: Place, pro
         file = _first_alike(pixels, format_, steps, operation.min_ssim)
         if operation.format is Format.PDF and file:
             file = pdf.page(file, pixels.width, pixels.height, pixels.bands)
-        elif file and frames.are_the_input and format_ is source.own_format and len(file) > limit:
+        elif file and len(file) > limit and frames.are_the_input and operation.format in (None, source.own_format):
             too_large = True
-            continue
+            break  # by the sample, the next formats are larger still
         if file:
             return [_written(pixels, operation.format or format_, file, place)]
-    if operation.format is Format.JPEG and (found := frames.pictures[0].stream()):
+    if operation.format in (None, Format.JPEG) and (found := frames.pictures[0].stream()):
         return [_written(pixels, Format.JPEG, found[0], place)]  # less its metadata, with every pixel as it was
+    names = ", ".join(each.name for each in tried)
     if too_large:
         raise AlreadySmallest(
-            f"The image cannot be smaller than its {limit} bytes as {tried[0].name}.",
-            metadata={"size_bytes": str(limit), "format": tried[0].name},
+            f"The image cannot be smaller than its {limit} bytes as {names}.",
+            metadata={"size_bytes": str(limit), "format": names},
         )
     raise TargetUnreachable(
-        f"The image cannot be alike by {operation.min_ssim} as {tried[0].name}.",
-        metadata={"min_ssim": str(operation.min_ssim), "format": tried[0].name},
+        f"The image cannot be alike by {operation.min_ssim} as {names}.",
+        metadata={"min_ssim": str(operation.min_ssim), "format": names},
     )
 
 

@@ -180,13 +180,14 @@ def test_transparency_is_compared_and_kept(run, tmp_path):
     assert all(abs(alpha.getpixel((100, y)) - clear.getpixel((100, y))) < 12 for y in range(0, 200, 20))
 
 
-def test_a_jpeg_that_cannot_be_smaller_keeps_its_picture_and_loses_its_metadata(run, coffee, tmp_path):
+@pytest.mark.parametrize("format_", [Format.JPEG, None])
+def test_a_jpeg_that_cannot_be_smaller_keeps_its_picture_and_loses_its_metadata(run, coffee, tmp_path, format_):
     exif = Image.Exif()
     exif[0x010E] = "where I live"
     Image.open(coffee).save(tmp_path / "poor.jpg", quality=12, exif=exif, comment=b"secret")
     before = (tmp_path / "poor.jpg").read_bytes()
 
-    result, written = run(Optimise(min_ssim=0.9999, format=Format.JPEG), tmp_path / "poor.jpg")
+    result, written = run(Optimise(min_ssim=0.9999, format=format_), tmp_path / "poor.jpg")
 
     assert len(before) - 200 < written.path.stat().st_size < len(before)
     assert result.tobytes() == Image.open(tmp_path / "poor.jpg").tobytes()
@@ -201,6 +202,26 @@ def test_a_file_that_cannot_be_smaller_in_its_format_is_refused(run, coffee, tmp
         run(Optimise(min_ssim=0.999, format=Format.WEBP), tmp_path / "poor.webp")
 
     assert refusal.value.metadata["size_bytes"] == str((tmp_path / "poor.webp").stat().st_size)
+
+
+@pytest.mark.parametrize("ending", ["avif", "webp"])
+def test_a_file_that_cannot_be_smaller_in_any_format_is_refused(run, coffee, tmp_path, ending):
+    poor = tmp_path / f"poor.{ending}"
+    pyvips.Image.new_from_file(str(coffee)).write_to_file(str(poor), Q=10)
+
+    with pytest.raises(AlreadySmallest) as refusal:
+        run(Optimise(), poor)
+
+    assert refusal.value.metadata["size_bytes"] == str(poor.stat().st_size)
+
+
+def test_a_file_in_another_format_that_is_asked_for_may_be_larger(run, coffee, tmp_path):
+    pyvips.Image.new_from_file(str(coffee)).write_to_file(str(tmp_path / "poor.avif"), Q=10)
+
+    result, written = run(Optimise(format=Format.WEBP), tmp_path / "poor.avif")
+
+    assert result.format == "WEBP"
+    assert written.path.stat().st_size > (tmp_path / "poor.avif").stat().st_size
 
 
 def test_no_jpeg_is_alike_in_everything(run, coffee):

@@ -288,8 +288,8 @@ Global___Compress: _TypeAlias = Compress  # noqa: Y015
 
 @_typing.final
 class Optimise(_message.Message):
-    """Makes the smallest file that looks the same. In the input's own format never a larger one: fails with
-    ALREADY_SMALLEST where that cannot be.
+    """Makes the smallest file that looks the same. Never one larger than the input, unless another format than the input's
+    is asked for: fails with ALREADY_SMALLEST where that cannot be.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
