@@ -105,6 +105,10 @@ class Format(Enum):
     def is_opaque(self) -> bool:
         return self in (Format.JPEG, Format.PDF)
 
+    @property
+    def max_side_px(self) -> int:
+        return MAX_WEBP_SIDE_PX if self is Format.WEBP else MAX_SIDE_PX
+
 
 class Fit(Enum):
     FIT = "fit"

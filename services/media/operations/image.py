@@ -413,7 +413,7 @@ def _require_budget(width: int, height: int, frames: int) -> None:
 
 
 def _require_writable(image: Image, frames: int, format_: Format) -> None:
-    most = domain.MAX_WEBP_SIDE_PX if format_ is Format.WEBP else domain.MAX_SIDE_PX
+    most = format_.max_side_px
     metadata = {"width": str(image.width), "height": str(image.height), "format": format_.name}
     if max(image.width, image.height) > most:
         raise OutputTooLarge(

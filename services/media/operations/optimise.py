@@ -37,6 +37,8 @@ def formats(operation: Optimise, source: Source) -> Sequence[Format]:
 def write(frames: Frames, operation: Optimise, source: Source, place: Place, progress: Progress) -> Sequence[Written]:
     # The picture in a PDF is a JPEG.
     tried = [Format.JPEG] if operation.format is Format.PDF else list(formats(operation, source))
+    longest = max(frames.pictures[0].width, frames.pictures[0].height)
+    tried = [each for each in tried if longest <= each.max_side_px] or tried  # if none: `pixels` says so
     pixels = frames.pixels(tried[0])
     if operation.format and operation.format.is_opaque:
         pixels = image.flattened(pixels, domain.WHITE)

@@ -9,7 +9,17 @@ import pyvips
 from PIL import Image
 
 from services.media import operations
-from services.media.domain import AlreadySmallest, Compress, Convert, Fit, Format, Optimise, Resize, TargetUnreachable
+from services.media.domain import (
+    AlreadySmallest,
+    Compress,
+    Convert,
+    Fit,
+    Format,
+    Optimise,
+    OutputTooLarge,
+    Resize,
+    TargetUnreachable,
+)
 from services.media.operations.ssim import ssim
 
 
@@ -145,6 +155,21 @@ def test_a_sample_that_misleads_is_found_out(run, tmp_path):
     _, written = run(Optimise(min_ssim=0.98, format=Format.JPEG), tmp_path / "large.png")
 
     assert ssim(seen(tmp_path / "large.png"), seen(written.path)) >= 0.98
+
+
+def test_a_format_that_cannot_hold_the_image_is_not_tried_unless_asked_for(run, tmp_path):
+    wide = pyvips.Image.black(16_384, 16, bands=3) + 255
+    for x in range(0, wide.width, 50):
+        wide = wide.draw_rect([0, 0, 0], x, x % 13, 20, 3, fill=True)
+    wide.cast("uchar").copy(interpretation="srgb").write_to_file(str(tmp_path / "wide.png"), compression=1)
+
+    result, written = run(Optimise(), tmp_path / "wide.png")
+    with pytest.raises(OutputTooLarge) as refusal:
+        run(Optimise(format=Format.WEBP), tmp_path / "wide.png")
+
+    assert result.size == (16_384, 16)
+    assert written.format is not Format.WEBP
+    assert refusal.value.metadata["format"] == "WEBP"
 
 
 @pytest.mark.parametrize("format_", [Format.PNG, Format.WEBP])
