@@ -206,8 +206,6 @@ class Convert(Work):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compress(Work):
-    VERSION: ClassVar[int] = 2
-
     max_bytes: int
     format: Format | None = None
     min_quality: int = 1
@@ -215,8 +213,6 @@ class Compress(Work):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimise(Work):
-    VERSION: ClassVar[int] = 2
-
     min_ssim: float = 0.98
     format: Format | None = None
 
