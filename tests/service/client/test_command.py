@@ -550,7 +550,7 @@ async def test_tasks_are_compared_with_their_events_and_mended(person: Person) -
             "tsk_8: missing",
             "tsk_9: state, turn",
             "202 tasks compared with their events, 2 differ.",
-            "1 more are older than events with all facts, and were left alone.",
+            "1 more have no events, or older ones without all facts, and were left alone.",
             "atelier tasks replay --rebuild mends them.",
         ],
     )
