@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -445,6 +446,12 @@ def test_opacity_zero_changes_nothing(run, coffee):
     assert result.tobytes() == Image.open(coffee).convert("RGB").tobytes()
 
 
+@pytest.fixture
+def shown(run, coffee) -> Callable[[str], bytes]:
+    """Return what a text looks like."""
+    return lambda text: run(Watermark(text=Text(content=text, size_px=40), opacity=1), coffee)[0].tobytes()
+
+
 # Spelled with: a joiner, a non-joiner, a space that does not break, a wide one, a tab. Of one script each, so that no
 # other font comes in.
 @pytest.mark.parametrize(
@@ -457,10 +464,7 @@ def test_opacity_zero_changes_nothing(run, coffee):
         "10\tEUR",
     ],
 )
-def test_a_text_keeps_the_letters_that_are_not_seen_themselves(run, coffee, content):
-    def shown(text: str) -> bytes:
-        return run(Watermark(text=Text(content=text, size_px=40), opacity=1), coffee)[0].tobytes()
-
+def test_a_text_keeps_the_letters_that_are_not_seen_themselves(shown, content):
     bare = "".join(letter for letter in content if letter.isprintable())
 
     assert bare != content
@@ -468,10 +472,7 @@ def test_a_text_keeps_the_letters_that_are_not_seen_themselves(run, coffee, cont
 
 
 @pytest.mark.parametrize("odd", ["\x00", "\x1b", "\r", "\u2028", "\u2029", "\ufffe", "\ud800"])
-def test_a_text_drops_what_is_no_letter(run, coffee, odd):
-    def shown(text: str) -> bytes:
-        return run(Watermark(text=Text(content=text, size_px=40), opacity=1), coffee)[0].tobytes()
-
+def test_a_text_drops_what_is_no_letter(shown, odd):
     assert shown(f"two{odd}\nlines") == shown("two\nlines")
 
 
