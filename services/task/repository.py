@@ -155,16 +155,17 @@ class SqlTasks:
         async with self._database.transaction() as connection:
             changes = created(await now(connection))
             task = changes[0].task
-            row = {
+            batch_row = {
                 "batch_id": batch_id,
                 "user_id": task.user_id,
                 "size": len(changes),
                 "create_time": task.create_time,
             }
-            if await insert_if_absent(connection, batch_table, row):
+            if await insert_if_absent(connection, batch_table, batch_row):
                 changes = await _all_in_turn(connection, changes)
-                await connection.execute(insert(task_table), [_columns(each.task) for each in changes])
-                await self._tell(connection, [None] * len(changes), changes)
+                rows = [_columns(each.task) for each in changes]
+                await connection.execute(insert(task_table), rows)
+                await self._tell(connection, [*zip(changes, map(_first_facts, rows), strict=True)])
             crash.point("batch: written")
             batch = await _batch(connection, batch_id)
         crash.point("batch: committed")
@@ -356,11 +357,19 @@ class SqlTasks:
         return changes
 
     async def _store(self, connection: AsyncConnection, tasks: Sequence[Task], changes: Sequence[Change]) -> None:
-        """Write what became of `tasks`."""
-        moved = [each for task, each in zip(tasks, changes, strict=True) if each.task != task]
-        if moved:
-            await connection.execute(_UPDATE, [{**_columns(each.task), "key": each.task.task_id} for each in moved])
-        await self._tell(connection, tasks, changes)
+        """Write what became of `tasks`: the columns that changed."""
+        alike = defaultdict[tuple[str, ...], list[dict[str, Any]]](list)  # those that one statement writes
+        told = []
+        for task, change in zip(tasks, changes, strict=True):
+            row = _columns(change.task)
+            changed = _changed(_columns(task), row)
+            if changed:
+                alike[tuple(changed)].append({**changed, "key": task.task_id})
+            if change.task.sequence != task.sequence:
+                told.append((change, _facts(changed, row)))
+        for rows in alike.values():
+            await connection.execute(_UPDATE, rows)
+        await self._tell(connection, told)
 
     async def _adopt_together(self, requests: Sequence[idempotency.Request]) -> list[idempotency.Adopted | Exception]:
         async with self._database.statement() as connection:
@@ -379,12 +388,11 @@ class SqlTasks:
                     except Exception as error:  # noqa: BLE001 - its caller's alone
                         refusals[number] = error
             changes = await _all_in_turn(connection, made.values())
-            stored = await insert_absent(
-                connection, task_table, [_columns(each.task) for each in changes], task_table.c.task_id
-            )
+            rows = {each.task.task_id: _columns(each.task) for each in changes}
+            stored = await insert_absent(connection, task_table, [*rows.values()], task_table.c.task_id)
             crash.point("create: task written")
             new = [each for each in changes if each.task.task_id in stored]
-            await self._tell(connection, [None] * len(new), new)
+            await self._tell(connection, [(each, _first_facts(rows[each.task.task_id])) for each in new])
             crash.point("create: events written")
             tasks = {each.task.task_id: each.task for each in new}
             # What another call with the same key has stored is ours.
@@ -424,15 +432,12 @@ class SqlTasks:
                 self._committed(task.task_id)
         return outcomes
 
-    async def _tell(self, connection: AsyncConnection, before: Sequence[Task | None], after: Sequence[Change]) -> None:
-        """Write the events of changes of state, and what the world hears of them."""
-        pairs = zip(before, after, strict=True)
-        told = [(task, each) for task, each in pairs if task is None or each.task.sequence != task.sequence]
+    async def _tell(self, connection: AsyncConnection, told: Sequence[tuple[Change, Mapping[str, Any]]]) -> None:
+        """Write the events of changes of state, each with its facts, and what the world hears of them."""
         if told:
-            changes = [each for _, each in told]
             await connection.execute(_INSERT_EVENT, [_event_columns(*each) for each in told])
-            await self._outbox.add(connection, *(self._encode(n) for each in changes for n in each.notices))
-            await self._owe(connection, [each.task for each in changes if each.task.state.ended])
+            await self._outbox.add(connection, *(self._encode(n) for each, _ in told for n in each.notices))
+            await self._owe(connection, [each.task for each, _ in told if each.task.state.ended])
 
     async def _owe(self, connection: AsyncConnection, tasks: Sequence[Task]) -> None:
         """Put the ends of tasks on their way to the webhooks that hear of them."""
@@ -661,7 +666,7 @@ def _task(row: Row[Any]) -> Task:
     )
 
 
-def _event_columns(before: Task | None, change: Change) -> dict[str, Any]:
+def _event_columns(change: Change, facts: Mapping[str, Any]) -> dict[str, Any]:
     task = change.task
     return {
         "task_id": task.task_id,
@@ -670,17 +675,22 @@ def _event_columns(before: Task | None, change: Change) -> dict[str, Any]:
         "attempt": task.attempt,
         "reason": change.reason,
         "create_time": task.update_time,
-        "facts": _facts(before, task),
+        "facts": facts,
         **_failure_columns(task.failure),
     }
 
 
-def _facts(before: Task | None, after: Task) -> dict[str, Any]:
-    """Return the columns that an event changed, as JSON; before the first one all were empty."""
-    now_is = _columns(after)
-    was = dict.fromkeys(now_is) if before is None else _columns(before)
-    changed = {name for name, value in now_is.items() if was[name] != value}
-    return {name: _to_json(now_is[name]) for name in changed | _UNTOLD}
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in after.items() if before.get(name) != value}
+
+
+def _facts(changed: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that an event changed, as JSON, and those that change between events, too."""
+    return {name: _to_json(row[name]) for name in changed.keys() | _UNTOLD}
+
+
+def _first_facts(row: Mapping[str, Any]) -> dict[str, Any]:
+    return _facts(_changed({}, row), row)
 
 
 def _told(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
