@@ -42,8 +42,8 @@ async def health_of(mesh: Mesh, service: str) -> list[grpc.aio.Channel]:
     return found
 
 
-async def answer_seconds(channel: grpc.aio.Channel, work: asyncio.Future[object]) -> float:
-    """Return within what time nine of ten probes were answered that were sent, at equal pace, while `work` went on."""
+async def answer_seconds(channel: grpc.aio.Channel, work: asyncio.Future[object]) -> list[float]:
+    """Return how long probes took, sent at equal pace while `work` went on: the percentiles from p1 to p99, seconds."""
 
     async def probe() -> float:
         began = time.monotonic()
@@ -59,10 +59,11 @@ async def answer_seconds(channel: grpc.aio.Channel, work: asyncio.Future[object]
     of_a_hundred = statistics.quantiles(took, n=100, method="inclusive")
     shown = ", ".join(f"p{n} {of_a_hundred[n - 1] * 1000:.1f} ms" for n in (50, 90, 99))
     print(f"{len(took)} probes: {shown}, most {max(took) * 1000:.1f} ms")
-    return of_a_hundred[89]
+    return of_a_hundred
 
 
-async def require_health(mesh: Mesh, service: str, work: Callable[[], Awaitable[None]], at_a_time: int) -> None:
+async def require_health(mesh: Mesh, service: str, work: Callable[[], Awaitable[None]], at_a_time: int) -> str:
+    """Have `work` done, and require that the service answers probes meanwhile; return how it did."""
     busy, idle = await health_of(mesh, service), await health_of(mesh, IDLE)
     working = asyncio.gather(*(work() for _ in range(at_a_time)))
 
@@ -71,11 +72,15 @@ async def require_health(mesh: Mesh, service: str, work: Callable[[], Awaitable[
     await working
     for channel in (*busy, *idle):
         await channel.close()
-    assert max(took[: len(busy)]) < max(ANSWER_SECONDS, 3 * max(took[len(busy) :])), took
+    nine_of_ten = [each[89] for each in took]
+    assert max(nine_of_ten[: len(busy)]) < max(ANSWER_SECONDS, 3 * max(nine_of_ten[len(busy) :])), nine_of_ten
+    return ", ".join(f"p{n} {max(each[n - 1] for each in took[: len(busy)]) * 1000:.0f} ms" for n in (50, 90, 99))
 
 
 @pytest.mark.timeout(300)
-async def test_r20_a_worker_answers_probes_while_it_computes(mesh: Mesh, person: Person) -> None:
+async def test_r20_a_worker_answers_probes_while_it_computes(
+    mesh: Mesh, person: Person, record_property: Callable[[str, object], None]
+) -> None:
     file = await upload(person, photograph())
 
     widths = itertools.count(4000)  # the same work would be done once
@@ -85,4 +90,5 @@ async def test_r20_a_worker_answers_probes_while_it_computes(mesh: Mesh, person:
         created = await person.http.post("tasks", json={"inputFileId": file["fileId"], "operation": operation})
         assert (await watched(person.http, created.json()["taskId"]))["state"] == "STATE_SUCCEEDED"
 
-    await require_health(mesh, "media-worker", done, at_a_time=2)
+    told = await require_health(mesh, "media-worker", done, at_a_time=2)
+    record_property("R-20", f"two tasks of {4 * SIZES} s of pure work at once: health in {told}")

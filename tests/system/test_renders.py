@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections import Counter
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -52,7 +53,7 @@ async def test_an_image_is_seen_at_another_size_by_its_owner_while_it_is_there(p
 
 @pytest.mark.timeout(300)
 async def test_r28_of_ten_times_too_many_some_are_told_to_come_again_and_probes_are_answered(
-    mesh: Mesh, person: Person
+    mesh: Mesh, person: Person, record_property: Callable[[str, object], None]
 ) -> None:
     noise = io.BytesIO()
     Image.effect_noise((800, 800), 90).convert("RGB").save(noise, "PNG")
@@ -73,4 +74,9 @@ async def test_r28_of_ten_times_too_many_some_are_told_to_come_again_and_probes_
 
     assert set(answers) == {"made", "429 RENDER_BUSY"}, answers
     assert mesh.pids("media") == before
-    assert max(took) < 3 * ANSWER_SECONDS, took
+    nine_of_ten = max(each[89] for each in took)
+    assert nine_of_ten < 3 * ANSWER_SECONDS
+    record_property(
+        "R-28",
+        f"160 at once: {answers['made']} made, the others told to come again; health in {nine_of_ten:.2f} s (p90)",
+    )

@@ -1,4 +1,4 @@
-"""Who is signed out, disabled or given another role is so within a second, everywhere."""
+"""R-18: who is signed out, disabled or given another role is so within a second, everywhere."""
 
 from __future__ import annotations
 

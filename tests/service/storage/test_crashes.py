@@ -1,4 +1,4 @@
-"""A process that ends at any line, and others that work meanwhile, leave rows, bytes and quota in agreement."""
+"""R-16: a process that ends at any line, and others that work meanwhile, leave rows, bytes and quota in agreement."""
 
 import asyncio
 import dataclasses

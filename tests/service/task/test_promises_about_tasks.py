@@ -33,6 +33,7 @@ from tests.eventually import eventually
 from tests.service.task.conftest import OWNER, PHOTO, Replica, Start, refused
 
 CLOCK = SystemClock()
+Record = Callable[[str, object], None]
 KILLS = int(os.environ.get("ATELIER_TEST_KILLS", "20"))
 MANY = 1000
 
@@ -90,7 +91,9 @@ async def background(*works: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIt
 
 
 @pytest.mark.parametrize("left", [1, MANY])
-async def test_fifty_calls_with_one_key_are_one_task_also_with_quota_for_one(start: Start, quotas: SqlQuotas):
+async def test_fifty_calls_with_one_key_are_one_task_also_with_quota_for_one(
+    start: Start, quotas: SqlQuotas, left: int, record_property: Record
+):
     """R-24."""
     replicas = [await start(), await start()]
 
@@ -99,6 +102,9 @@ async def test_fifty_calls_with_one_key_are_one_task_also_with_quota_for_one(sta
     assert all(answer == answers[0] for answer in answers)
     assert list((await replicas[0].user().ListTasks(pb.ListTasksRequest())).tasks) == [answers[0]]
     assert await used(quotas) == Usage(used=0, reserved=1)
+    record_property(
+        "R-24", f"50 calls with one key and quota for {left:,}: one task, one reservation, 50 equal answers"
+    )
 
 
 class Worker:
@@ -132,7 +138,7 @@ class Thrice:
 
 
 async def test_messages_that_are_each_delivered_three_times_have_the_effect_of_one(
-    replica: Replica, quotas: SqlQuotas, bus: Broker
+    replica: Replica, quotas: SqlQuotas, bus: Broker, record_property: Record
 ):
     """R-01."""
     workers = [Worker(replica), Worker(replica)]
@@ -158,6 +164,9 @@ async def test_messages_that_are_each_delivered_three_times_have_the_effect_of_o
         assert history.task.output_file_ids == (f"fil_{history.task.task_id}_1",)
     assert len(set(taken)) == 2 * len(created)
     assert await used(quotas) == Usage(used=len(created), reserved=0)
+    record_property(
+        "R-01", f"{len(taken)} deliveries of {len(set(taken))} events: {len(created)} tasks, charged once each"
+    )
 
 
 # A process for each task, forked from one that has loaded everything, which takes most of the time. It dies after the
@@ -195,7 +204,7 @@ for _ in range(int(sys.argv[2])):
 
 
 async def test_what_was_committed_before_its_process_was_killed_reaches_a_worker(
-    replica: Replica, url: str, bus: Broker
+    replica: Replica, url: str, bus: Broker, record_property: Record
 ):
     """R-02."""
     dying = await asyncio.create_subprocess_exec(
@@ -209,11 +218,12 @@ async def test_what_was_committed_before_its_process_was_killed_reaches_a_worker
 
     assert (dying.returncode, len(committed)) == (0, KILLS)
     assert sorted(worker.done) == sorted(committed)
+    record_property("R-02", f"{KILLS:,} processes killed after their commit: {len(worker.done):,} tasks were done")
 
 
 @on_sqlite  # what is claimed by whom is of both, and elsewhere; this is of the broker, and takes its time
 async def test_a_thousand_queued_tasks_outlive_the_broker_and_their_workers(
-    start: Start, quotas: SqlQuotas, node: rabbitmq.Node, bus: Broker
+    start: Start, quotas: SqlQuotas, node: rabbitmq.Node, bus: Broker, record_property: Record
 ):
     """R-27."""
     terms = Terms(lease=timedelta(seconds=2), slack=timedelta(0), attempts=20, backoff=timedelta(milliseconds=50))
@@ -253,6 +263,7 @@ async def test_a_thousand_queued_tasks_outlive_the_broker_and_their_workers(
     assert found.state_counts == pb.TaskBatch.StateCounts(succeeded=MANY)
     assert len(set(first.done + second.done)) == MANY
     assert (unknown.code, unknown.reason) == ("NOT_FOUND", "TASK_NOT_FOUND")
+    record_property("R-27", f"{MANY:,} queued, broker and worker killed: {found.state_counts.succeeded:,} succeeded")
 
 
 async def has_running(replica: Replica, batch_id: str) -> bool:

@@ -1,4 +1,4 @@
-"""Requests to addresses that strangers name: over real sockets, with names that mean what an attacker wants."""
+"""R-29: requests to addresses that strangers name: over real sockets, with names that mean what an attacker wants."""
 
 import asyncio
 import ssl

@@ -41,7 +41,8 @@ async def release(home, reservation_id, caller="storage"):
     await home.stub(caller=caller).ReleaseQuota(pb.ReleaseQuotaRequest(reservation_id=reservation_id))
 
 
-async def test_of_a_thousand_parallel_calls_the_limit_s_hundred_pass(home):
+async def test_of_a_thousand_parallel_calls_the_limit_s_hundred_pass(home, record_property):
+    """R-06."""
     ada = await home.registered()
 
     async def attempt(number):
@@ -59,6 +60,7 @@ async def test_of_a_thousand_parallel_calls_the_limit_s_hundred_pass(home):
     assert outcomes.count("passed") == 100
     assert outcomes.count("QUOTA_EXCEEDED") == 900
     assert counts((await home.quota(ada.user_id)).tasks) == (0, 100)
+    record_property("R-06", f"1,000 calls at once, a limit of 100: {outcomes.count('passed')} passed")
 
 
 async def test_of_calls_at_once_those_that_fit_pass(home):

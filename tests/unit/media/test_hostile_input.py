@@ -1,3 +1,5 @@
+"""R-29: a file that a stranger sends is hostile."""
+
 from __future__ import annotations
 
 import pytest
