@@ -37,8 +37,9 @@ ROLES = {"user": User.ROLE_USER, "vip": User.ROLE_VIP, "admin": User.ROLE_ADMIN}
 STATUSES = {"active": User.STATUS_ACTIVE, "disabled": User.STATUS_DISABLED}
 
 EPILOG = """\b
-Exit codes: 0 done; 1 refused or failed; 2 wrong usage; 3 not signed in;
-4 the server does not answer; 130 interrupted.
+Exit codes: 0 done; 1 refused, or a task that was run or watched, alone or in
+a batch, failed or was cancelled; 2 wrong usage; 3 not signed in; 4 the server
+does not answer; 130 interrupted.
 
 \b
 Environment: ATELIER_SERVER (--server), NO_COLOR, ATELIER_DEBUG=1 (where an

@@ -473,12 +473,14 @@ async def show(shell: Shell, atelier: Atelier, task_id: str) -> None:
 @click.argument("task_id")
 @connected
 async def watch(shell: Shell, atelier: Atelier, task_id: str) -> None:
-    """Follow a task, or a batch (bat_…), to its end. Ctrl-C stops watching, not the task."""
+    """Follow a task, or a batch (bat_…), to its end: 1 unless all is done. Ctrl-C stops watching, not the task."""
     if task_id.startswith(BATCH):
         with Steps(shell) as steps:
             async for batch in atelier.watch_batch(task_id):
                 steps.show_batch(batch)
         shell.answer({"batch": document(batch)}, _batch_description(batch))
+        if not_done := batch.state_counts.failed + batch.state_counts.cancelled:
+            raise TasksNotDone(not_done, batch.task_count)
         return
     task = Task()
     with Steps(shell) as steps:

@@ -91,6 +91,7 @@ class Batches(Generic[Item, Result]):
         loop = asyncio.get_running_loop()
         try:
             results = await loop.run_in_executor(self._threads, self._compute, [each.item for each in batch])
+            pairs = list(zip(batch, results, strict=True))  # too few or too many: nobody knows whose they are
         except Exception as failure:  # noqa: BLE001 - whose it is shows when they are apart
             if len(batch) == 1:
                 _fail(batch[0], failure)
@@ -101,7 +102,7 @@ class Batches(Generic[Item, Result]):
             await self._finish(batch[:half])
             await self._finish(batch[half:])
         else:
-            for each, result in zip(batch, results, strict=True):
+            for each, result in pairs:
                 if not each.result.done():
                     each.result.set_result(result)
 

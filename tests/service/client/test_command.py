@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from atelier.media.v1.media_pb2 import FORMAT_PNG, FORMAT_WEBP
 from atelier.task.v1.task_pb2 import Task
 
@@ -113,12 +114,37 @@ async def test_a_detached_batch_is_followed_listed_and_cancelled_by_its_id(
 
     code, out, _ = await person.types("run", "resize", *sources, "--width", "8", "--detach")
     cancelled, text, _ = await person.types("tasks", "cancel", "bat_1")
-    watched, _, _ = await person.types("tasks", "watch", "bat_1")
     _, listed, _ = await person.types("tasks", "--batch", "bat_1", "--json")
 
     assert (code, out.decode().splitlines()) == (0, ["bat_1", "Follow it with: atelier tasks watch bat_1"])
-    assert (cancelled, text.decode().splitlines()[0], watched) == (0, "bat_1: 2 cancelled", 0)
+    assert (cancelled, text.decode().splitlines()[0]) == (0, "bat_1: 2 cancelled")
     assert len(json.loads(listed)["tasks"]) == 2
+
+
+@pytest.mark.parametrize("sources", [["a.jpg"], ["a.jpg", "b.png"]])
+async def test_a_watch_ends_as_what_is_watched_does(
+    person: Person, installation: Installation, sources: list[str]
+) -> None:
+    photos(person)
+    await person.registers()
+    watched = "tsk_1" if len(sources) == 1 else "bat_1"
+    codes, said = [], []
+
+    for installation.failing in (False, True):
+        installation.tasks.clear()
+        installation.request_ids.clear()
+        await person.types("run", "resize", *sources, "--width", "8", "--detach")
+        code, _, err = await person.types("tasks", "watch", watched)
+        codes.append(code)
+        said.append(err.splitlines()[-1])
+    installation.tasks.clear()
+    installation.held = True
+    await person.types("run", "resize", *sources, "--width", "8", "--detach")
+    await person.types("tasks", "cancel", watched)
+    codes.append((await person.types("tasks", "watch", watched))[0])
+
+    assert codes == [0, 1, 1]
+    assert ("INPUT_DAMAGED" if len(sources) == 1 else "1 of 2 tasks were not done. (TASKS_NOT_DONE)") in said[1]
 
 
 async def test_several_files_need_a_folder_and_names_of_their_own(person: Person, installation: Installation) -> None:

@@ -134,3 +134,13 @@ async def test_an_item_whose_caller_went_takes_no_others_with_it():
         assert (await computed[1], await waiting[1]) == (4, 16)
 
     assert machine.batches == [[1, 2], [4]]
+
+
+async def test_results_that_are_not_one_for_each_item_leave_nobody_waiting():
+    def wrong(items: Sequence[int]) -> Sequence[int]:
+        return [0] if len(items) > 1 or items == [3] else []
+
+    async with running(wrong, at_most=3) as batches, asyncio.timeout(5):
+        found = await asyncio.gather(*map(batches.result, (1, 2, 3)), return_exceptions=True)
+
+    assert [type(each) for each in found] == [ValueError, ValueError, int]
