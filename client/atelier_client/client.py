@@ -41,6 +41,7 @@ from atelier_client.errors import (
     AtelierError,
     DeadlineExceeded,
     NotSignedIn,
+    ResourceExhausted,
     TaskNotDone,
     Unauthenticated,
     Unavailable,
@@ -57,6 +58,7 @@ REFRESH_EARLY = timedelta(seconds=30)  # a token must outlive the call that it i
 CANCEL_SECONDS = 10.0  # how long someone who gives up waits for the server to hear of it
 BATCH_SECONDS = 1.0  # between two looks at a batch
 WATCH_PATIENCE_SECONDS = 60.0  # how long a watch bears a server that is away
+QUOTA_PATIENCE_SECONDS = 2.0  # how long it asks again for what may be given back at any moment
 RUN_PATIENCE_SECONDS = 30.0  # how long each other step of a run does; a killed service is back in a few
 ENDED = frozenset({Task.STATE_SUCCEEDED, Task.STATE_FAILED, Task.STATE_CANCELLED})
 
@@ -308,7 +310,7 @@ class Atelier:
         )
         if deadline is not None:
             request.deadline_duration.FromTimedelta(deadline)
-        return await self._signed_in(self._tasks.CreateTask, request)
+        return await self._admitted(self._tasks.CreateTask, request)
 
     async def task(self, task_id: str) -> Task:
         return await self._signed_in(self._tasks.GetTask, task_pb2.GetTaskRequest(task_id=task_id))
@@ -330,7 +332,7 @@ class Atelier:
         return await self._signed_in(self._tasks.CancelTask, task_pb2.CancelTaskRequest(task_id=task_id))
 
     async def retry_task(self, task_id: str) -> Task:
-        return await self._signed_in(self._tasks.RetryTask, task_pb2.RetryTaskRequest(task_id=task_id))
+        return await self._admitted(self._tasks.RetryTask, task_pb2.RetryTaskRequest(task_id=task_id))
 
     async def create_task_batch(
         self,
@@ -348,7 +350,7 @@ class Atelier:
             request.items.add(input_file_id=input_file_id, operation=operation)
         if deadline is not None:
             request.deadline_duration.FromTimedelta(deadline)
-        return await self._signed_in(self._tasks.CreateTaskBatch, request)
+        return await self._admitted(self._tasks.CreateTaskBatch, request)
 
     async def task_batch(self, batch_id: str) -> TaskBatch:
         return await self._signed_in(self._tasks.GetTaskBatch, task_pb2.GetTaskBatchRequest(batch_id=batch_id))
@@ -527,7 +529,7 @@ class Atelier:
         return await self._call(self._users.GrantAdmin, request, token="")
 
     async def audit_quotas(self) -> AsyncIterator[user_pb2.AuditQuotasResponse]:
-        """Yield page by page what of everybody's quotas does not agree; what has just ended may be on its way."""
+        """Yield page by page what of everybody's quotas does not agree, looked at twice where it does not."""
         request = user_pb2.AuditQuotasRequest()
         while True:
             answer = await self._signed_in(self._users.AuditQuotas, request)
@@ -606,6 +608,17 @@ class Atelier:
 
     async def _signed_in(self, rpc: grpc.aio.UnaryUnaryMultiCallable[Any, Answer], request: Message) -> Answer:
         return await self._with_token(lambda token: self._call(rpc, request, token=token))
+
+    async def _admitted(self, rpc: grpc.aio.UnaryUnaryMultiCallable[Any, Answer], request: Message) -> Answer:
+        """As `_signed_in`, and again where the refusal names a moment: a task just cancelled is still reserved for."""
+        patience = _Patience(QUOTA_PATIENCE_SECONDS)
+        while True:
+            try:
+                return await self._signed_in(rpc, request)
+            except ResourceExhausted as error:
+                if (error.retry_after_seconds or QUOTA_PATIENCE_SECONDS) >= QUOTA_PATIENCE_SECONDS:
+                    raise
+                await patience.tried(error)
 
     async def _with_token(self, attempt: Callable[[str], Awaitable[T]]) -> T:
         """Run `attempt`, once more with a new token when the first is refused (a clock may be wrong)."""

@@ -177,7 +177,7 @@ async def audit(shell: Shell, atelier: Atelier) -> None:
     ]
     lines += [f"Drift {len(drifts)}. {compared:,} reservations compared with their tasks, {len(disputes):,} differ."]
     if disputes and not drifts:
-        lines += ["What has just ended may be on its way: run it again in a minute."]
+        lines += ["If the broker is away or behind, what has ended is on its way: run it again when it is well."]
     shell.answer(
         {
             "reservations": compared,

@@ -24,6 +24,8 @@ GIB = 1024**3
 FORGET = "forget"  # the work that one replica does for all: the name of its lock and of its fence
 HOLD_BEFORE_ASKING = timedelta(minutes=2)
 """How long a held reservation is left alone. The task service commits no task more than a minute after its reserve."""
+RELEASED_WITHIN = timedelta(seconds=1)
+"""How soon what a cancelled task had set aside is free: it is given back by an event, as a rule in half a second."""
 
 
 class UsernameTaken(AlreadyExists):
@@ -398,12 +400,15 @@ def reset_time(now: datetime) -> datetime:
 def exceeded(account: Account, kind: Kind, usage: Usage, amount: int, now: datetime) -> QuotaExceeded:
     """Return the refusal of an amount that does not fit. `used` counts what is set aside, as the limit does."""
     limit, used = account.limit(kind), usage.used + usage.reserved
+    wait: timedelta | None = None  # storage is freed by deleting, and what is too much for an empty month is so for all
+    if usage.used + amount <= limit:
+        wait = RELEASED_WITHIN  # only what is set aside is in the way, perhaps of a task that was cancelled just now
+    elif kind is Kind.TASKS and amount <= limit:
+        wait = reset_time(now) - now
     return QuotaExceeded(
         f"The quota of {kind.value} is {limit}: {used} used, {amount} more asked for.",
         metadata={"metric": kind.value, "limit": str(limit), "used": str(used), "requested": str(amount)},
-        # The tasks of a month come back with the next one; storage is freed by deleting, and what is too much for an
-        # empty month is so for every one.
-        retry_after_seconds=(reset_time(now) - now).total_seconds() if kind is Kind.TASKS and amount <= limit else None,
+        retry_after_seconds=None if wait is None else wait.total_seconds(),
     )
 
 

@@ -226,6 +226,12 @@ async def test_a_quota_used_up(mesh: Mesh, person: Person) -> None:
 
     first = await person.http.post("tasks", json={"inputFileId": file["fileId"], "operation": RESIZE})
     assert first.status_code == 200, first.text
+    await watched(person.http, first.json()["taskId"])
+
+    async def used() -> bool:
+        return (await person.http.get("users/me/quota")).json()["tasks"]["used"] == "1"
+
+    await eventually(used, within_seconds=15)  # else it is only set aside, and may come back
 
     refused = await person.http.post("tasks", json={"inputFileId": file["fileId"], "operation": RESIZE})
 

@@ -101,6 +101,8 @@ class Installation(
     """What the next watch breaks with after its first answer."""
     watched_from: list[str] = field(default_factory=list)
     full: bool = False
+    reserved: int = 0
+    """So many calls are refused for what is about to be given back."""
     ready: bool = True
     upload_pause_seconds: float = 0.0
     url: str = ""
@@ -220,6 +222,7 @@ class Installation(
         await self.require_token(context)
         if self.full:
             await refuse(context, Full("No tasks left this month.", metadata={"metric": "tasks"}))
+        await self.require_room(context)
         task_id = self.request_ids.setdefault(request.request_id, f"tsk_{len(self.tasks) + 1}")
         self.deadlines[task_id] = request.deadline_duration.seconds
         self.webhook_urls[task_id] = request.webhook_url
@@ -229,8 +232,14 @@ class Installation(
         )  # fmt: skip
         return self.tasks.setdefault(task_id, task)
 
+    async def require_room(self, context) -> None:
+        if self.reserved:
+            self.reserved -= 1
+            await refuse(context, Full("All is reserved.", retry_after_seconds=0.1))
+
     async def CreateTaskBatch(self, request, context):
         await self.require_token(context)
+        await self.require_room(context)
         for item in request.items:
             task_id = f"tsk_{len(self.tasks) + 1}"
             self.tasks[task_id] = Task(
@@ -320,6 +329,7 @@ class Installation(
         return self.tasks[request.task_id]
 
     async def RetryTask(self, request, context):
+        await self.require_room(context)
         self.tasks[request.task_id].state = Task.STATE_QUEUED
         return self.tasks[request.task_id]
 

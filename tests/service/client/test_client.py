@@ -232,6 +232,30 @@ async def test_a_refusal_has_class_reason_and_metadata(atelier: Atelier, install
         await atelier.register("ada", "other@example.org", PASSWORD)
 
 
+async def test_what_is_refused_for_a_moment_is_asked_for_again(atelier: Atelier, installation: Installation) -> None:
+    made = []
+    for call in (
+        lambda: atelier.create_task("fil_1", SHRINK),
+        lambda: atelier.create_task_batch([("fil_1", SHRINK)]),
+        lambda: atelier.retry_task("tsk_1"),
+    ):
+        installation.reserved = 2
+        made.append(await call())
+
+    assert (len(made), len(installation.tasks)) == (3, 2)
+
+
+async def test_what_stays_refused_is_not_asked_for_for_long(atelier: Atelier, installation: Installation) -> None:
+    installation.reserved = 1000
+
+    async with asyncio.timeout(10):
+        with pytest.raises(ResourceExhausted) as refusal:
+            await atelier.create_task("fil_1", SHRINK)
+
+    assert refusal.value.retry_after_seconds == 0.1
+    assert 0 < installation.reserved < 995
+
+
 async def test_lists_turn_pages(atelier: Atelier) -> None:
     for _ in range(5):
         await atelier.create_task("fil_1", SHRINK)

@@ -58,8 +58,10 @@ class StubTasks(task_pb2_grpc.TaskServiceServicer):
 
     known: dict[str, task_pb2.LookupTaskResponse] = field(default_factory=dict)
     failure: MeshError | None = None
+    asked: int = 0
 
     async def LookupTask(self, request, context):
+        self.asked += 1
         if self.failure:
             raise self.failure
         if request.task_id not in self.known:

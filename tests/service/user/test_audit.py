@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import timedelta
 
 import pytest
@@ -13,6 +14,7 @@ from mesh.errors import PermissionDenied
 from services.user import handlers
 from services.user.domain import State
 from services.user.tables import counter, ledger, reservation
+from tests.eventually import eventually
 from tests.service.user.conftest import Home
 
 RUNNING, FAILED = task_pb2.Task.STATE_RUNNING, task_pb2.Task.STATE_FAILED
@@ -40,6 +42,12 @@ async def reserved(home: Home, task_id: str, state: State, task: int | None, *, 
     await home.quotas.move(f"{task_id}/1", state, home.clock.now())
     if task is not None:
         home.tasks.known[task_id] = task_pb2.LookupTaskResponse(state=task, reservation_id=f"{task_id}/{round_}")
+
+
+@pytest.fixture(autouse=True)
+def pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have what is disputed be looked at again soon, but late enough for a test to change it meanwhile."""
+    monkeypatch.setattr(handlers, "LOOK_AGAIN_SECONDS", 0.5)
 
 
 async def changed(home: Home, *statements: Update) -> None:
@@ -83,6 +91,30 @@ async def test_reservations_that_are_not_as_their_tasks_are_disputed(home: Home)
         "tsk_free/1": (RELEASED, SETTLED),
         "tsk_gone/1": (HELD, RELEASED),
     }
+
+
+async def test_what_is_put_right_while_it_is_looked_at_is_not_disputed(home: Home) -> None:
+    await reserved(home, "tsk_done", State.BOUND, SUCCEEDED)  # its event is on its way
+    await reserved(home, "tsk_kept", State.BOUND, FAILED)
+
+    auditing = asyncio.create_task(audited(home))
+    await eventually(lambda: home.tasks.asked == 2)
+    await home.quotas.move("tsk_done/1", State.SETTLED, home.clock.now())
+
+    assert await auditing == ([], {"tsk_kept/1": (BOUND, RELEASED)}, 2)
+
+
+async def test_what_is_disputed_is_told_once_though_more_is_reserved_meanwhile(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handlers, "AUDITED_AT_ONCE", 1)
+    await reserved(home, "tsk_2", State.BOUND, FAILED)
+
+    auditing = asyncio.create_task(audited(home))
+    await eventually(lambda: home.tasks.asked == 1)
+    await reserved(home, "tsk_1", State.BOUND, RUNNING)
+
+    assert await auditing == ([], {"tsk_2/1": (BOUND, RELEASED)}, 2)
 
 
 async def test_sums_that_differ_are_told_with_all_three(home: Home) -> None:

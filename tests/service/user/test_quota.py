@@ -104,6 +104,7 @@ async def test_a_refusal_says_what_is_used_and_when_to_come_back(home):
     ada = await home.registered()
     await limited(home, ada, tasks=5)
     await home.reserve(ada.user_id, "tsk_1/1", 3)
+    await settle(home, "tsk_1/1")
 
     with pytest.raises(ResourceExhausted) as refusal:
         await home.reserve(ada.user_id, "tsk_2/1", 3)
@@ -111,6 +112,19 @@ async def test_a_refusal_says_what_is_used_and_when_to_come_back(home):
     assert refusal.value.reason == "QUOTA_EXCEEDED"
     assert refusal.value.metadata == {"metric": "tasks", "limit": "5", "used": "3", "requested": "3"}
     assert refusal.value.retry_after_seconds == timedelta(days=1, hours=12).total_seconds()
+
+
+async def test_whoever_cancels_and_asks_again_at_once_is_told_to_come_back_in_a_moment(home):
+    ada = await home.registered()
+    await limited(home, ada, tasks=1)
+    await home.reserve(ada.user_id, "tsk_1/1")
+
+    with pytest.raises(ResourceExhausted) as refusal:
+        await home.reserve(ada.user_id, "tsk_2/1")
+    await tell(home, events_pb2.TaskCancelled, "tsk_1/1", "tsk_1/2")
+    await home.reserve(ada.user_id, "tsk_2/1")
+
+    assert refusal.value.retry_after_seconds == 1
 
 
 async def test_one_reservation_at_once_many_times_is_one(home):

@@ -113,10 +113,19 @@ def test_counting_begins_anew_with_the_next_month(now, reset):
 
 
 def test_a_refusal_of_tasks_says_what_is_used_and_when_to_come_back():
-    refusal = exceeded(account(), Kind.TASKS, Usage(used=90, reserved=10), 1, NOW)
+    refusal = exceeded(account(), Kind.TASKS, Usage(used=100), 1, NOW)
 
     assert refusal.metadata == {"metric": "tasks", "limit": "100", "used": "100", "requested": "1"}
     assert refusal.retry_after_seconds == 30
+
+
+@pytest.mark.parametrize(("usage", "amount"), [(Usage(used=90, reserved=10), 1), (Usage(reserved=1), 100)])
+def test_whoever_is_refused_for_what_is_only_set_aside_may_come_back_soon(usage, amount):
+    assert exceeded(account(), Kind.TASKS, usage, amount, NOW).retry_after_seconds == 1
+
+
+def test_what_is_set_aside_does_not_stand_in_the_way_of_what_would_not_fit_without_it():
+    assert exceeded(account(), Kind.TASKS, Usage(used=99, reserved=1), 2, NOW).retry_after_seconds == 30
 
 
 def test_waiting_does_not_free_storage():

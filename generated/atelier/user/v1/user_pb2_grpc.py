@@ -170,7 +170,8 @@ class UserServiceServicer:
 
     def AuditQuotas(self, request, context):
         """Adds up what is counted in three ways (counters, ledger, reservations) and asks the task service about every task's
-        reservation, a page at a time; tells what does not agree. What has just ended may be on its way for some seconds.
+        reservation, a page at a time; tells what does not agree, and still does when it is looked at again after two seconds:
+        of what has just ended the event may be on its way, and is so for longer while the broker is away.
         Fails with PAGE_TOKEN_MALFORMED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -203,7 +204,8 @@ class UserServiceServicer:
     def ReserveQuota(self, request, context):
         """Sets an amount aside. Repeating it with the same reservation id changes nothing, unless it was given
         back meanwhile: then it is set aside again.
-        Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND.
+        Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND. RetryInfo says a second where
+        only reservations that may still be given back are in the way, the time to the next month where tasks are used up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

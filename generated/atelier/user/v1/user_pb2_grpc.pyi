@@ -54,7 +54,8 @@ class UserServiceStub:
     """Sets an account's own limits instead of its role's. Fails with USER_NOT_FOUND."""
     AuditQuotas: _grpc.UnaryUnaryMultiCallable[_user_pb2.AuditQuotasRequest, _user_pb2.AuditQuotasResponse]
     """Adds up what is counted in three ways (counters, ledger, reservations) and asks the task service about every task's
-    reservation, a page at a time; tells what does not agree. What has just ended may be on its way for some seconds.
+    reservation, a page at a time; tells what does not agree, and still does when it is looked at again after two seconds:
+    of what has just ended the event may be on its way, and is so for longer while the broker is away.
     Fails with PAGE_TOKEN_MALFORMED.
     """
     SetRole: _grpc.UnaryUnaryMultiCallable[_user_pb2.SetRoleRequest, _user_pb2.User]
@@ -70,7 +71,8 @@ class UserServiceStub:
     ReserveQuota: _grpc.UnaryUnaryMultiCallable[_user_pb2.ReserveQuotaRequest, _user_pb2.Reservation]
     """Sets an amount aside. Repeating it with the same reservation id changes nothing, unless it was given
     back meanwhile: then it is set aside again.
-    Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND.
+    Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND. RetryInfo says a second where
+    only reservations that may still be given back are in the way, the time to the next month where tasks are used up.
     """
     ReserveQuotas: _grpc.UnaryUnaryMultiCallable[_user_pb2.ReserveQuotasRequest, _user_pb2.ReserveQuotasResponse]
     """Sets the same amount aside many times, all or nothing; each reservation is then settled by itself. Otherwise as
@@ -109,7 +111,8 @@ class UserServiceAsyncStub(UserServiceStub):
     """Sets an account's own limits instead of its role's. Fails with USER_NOT_FOUND."""
     AuditQuotas: _aio.UnaryUnaryMultiCallable[_user_pb2.AuditQuotasRequest, _user_pb2.AuditQuotasResponse]  # type: ignore[assignment]
     """Adds up what is counted in three ways (counters, ledger, reservations) and asks the task service about every task's
-    reservation, a page at a time; tells what does not agree. What has just ended may be on its way for some seconds.
+    reservation, a page at a time; tells what does not agree, and still does when it is looked at again after two seconds:
+    of what has just ended the event may be on its way, and is so for longer while the broker is away.
     Fails with PAGE_TOKEN_MALFORMED.
     """
     SetRole: _aio.UnaryUnaryMultiCallable[_user_pb2.SetRoleRequest, _user_pb2.User]  # type: ignore[assignment]
@@ -125,7 +128,8 @@ class UserServiceAsyncStub(UserServiceStub):
     ReserveQuota: _aio.UnaryUnaryMultiCallable[_user_pb2.ReserveQuotaRequest, _user_pb2.Reservation]  # type: ignore[assignment]
     """Sets an amount aside. Repeating it with the same reservation id changes nothing, unless it was given
     back meanwhile: then it is set aside again.
-    Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND.
+    Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND. RetryInfo says a second where
+    only reservations that may still be given back are in the way, the time to the next month where tasks are used up.
     """
     ReserveQuotas: _aio.UnaryUnaryMultiCallable[_user_pb2.ReserveQuotasRequest, _user_pb2.ReserveQuotasResponse]  # type: ignore[assignment]
     """Sets the same amount aside many times, all or nothing; each reservation is then settled by itself. Otherwise as
@@ -209,7 +213,8 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_user_pb2.AuditQuotasResponse, _abc.Awaitable[_user_pb2.AuditQuotasResponse]]:
         """Adds up what is counted in three ways (counters, ledger, reservations) and asks the task service about every task's
-        reservation, a page at a time; tells what does not agree. What has just ended may be on its way for some seconds.
+        reservation, a page at a time; tells what does not agree, and still does when it is looked at again after two seconds:
+        of what has just ended the event may be on its way, and is so for longer while the broker is away.
         Fails with PAGE_TOKEN_MALFORMED.
         """
 
@@ -249,7 +254,8 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_user_pb2.Reservation, _abc.Awaitable[_user_pb2.Reservation]]:
         """Sets an amount aside. Repeating it with the same reservation id changes nothing, unless it was given
         back meanwhile: then it is set aside again.
-        Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND.
+        Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND. RetryInfo says a second where
+        only reservations that may still be given back are in the way, the time to the next month where tasks are used up.
         """
 
     @_abc_1.abstractmethod
