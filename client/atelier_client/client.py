@@ -56,6 +56,7 @@ CALL_SECONDS = 30.0  # of one call; the server's own deadlines, in the contract,
 WATCH_SECONDS = 3600.0  # the contract's longest watch; then it is resumed
 REFRESH_EARLY = timedelta(seconds=30)  # a token must outlive the call that it is sent with
 CANCEL_SECONDS = 10.0  # how long someone who gives up waits for the server to hear of it
+EVENTS_AT_ONCE = 200  # the contract's most: all are wanted
 BATCH_SECONDS = 1.0  # between two looks at a batch
 WATCH_PATIENCE_SECONDS = 60.0  # how long a watch bears a server that is away
 QUOTA_PATIENCE_SECONDS = 2.0  # how long it asks again for what may be given back at any moment
@@ -371,8 +372,15 @@ class Atelier:
             await asyncio.sleep(BATCH_SECONDS)
 
     async def task_events(self, task_id: str) -> list[task_pb2.TaskEvent]:
-        request = task_pb2.ListTaskEventsRequest(task_id=task_id)
-        return list((await self._signed_in(self._tasks.ListTaskEvents, request)).events)
+        """Return what happened to a task, oldest first."""
+        request = task_pb2.ListTaskEventsRequest(task_id=task_id, page_size=EVENTS_AT_ONCE)
+        events = list[task_pb2.TaskEvent]()
+        while True:
+            page = await self._signed_in(self._tasks.ListTaskEvents, request)
+            events += page.events
+            if not page.next_page_token:
+                return events
+            request.page_token = page.next_page_token
 
     async def watch(self, task_id: str) -> AsyncIterator[Task]:
         """Yield the task now and after every change, until it has ended.

@@ -27,6 +27,8 @@ from services.task.domain import (
     Batch,
     DeadQuery,
     Event,
+    EventPage,
+    EventQuery,
     Failure,
     Notice,
     Page,
@@ -248,6 +250,21 @@ def redrive_query_from(request: pb.RedriveTasksRequest, size: int) -> DeadQuery:
         PageTokenMalformed: the token is not one of such a call.
     """
     return DeadQuery(request.reason, _place(request.page_token), size)
+
+
+def event_query_from(request: pb.ListTaskEventsRequest) -> EventQuery:
+    """Return the page that is asked for.
+
+    Raises:
+        PageTokenMalformed: the token is not one of this list.
+    """
+    [after] = paging.decode(request.page_token, (int,)) if request.page_token else [0]
+    return EventQuery(request.task_id, int(after), request.page_size or paging.DEFAULT_PAGE_SIZE)
+
+
+def event_page_token(page: EventPage) -> str:
+    """Return the token of the page of events after `page`; empty when there is none."""
+    return paging.encode([page.events[-1].sequence]) if page.more else ""
 
 
 def page_token(page: Page) -> str:

@@ -303,6 +303,23 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class EventQuery:
+    """A page of a task's events, oldest first; `after` is the last page's sequence, 0 for the first page."""
+
+    task_id: str
+    after: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class EventPage:
+    """Some events, and whether more follow."""
+
+    events: list[Event]
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
 class History:
     """A task and all its events, oldest first."""
 
@@ -375,6 +392,9 @@ class Tasks(Protocol):
 
     async def dead(self, query: DeadQuery) -> Page:
         """Return one page of the dead letters."""
+
+    async def events(self, query: EventQuery) -> EventPage:
+        """Return one page of a task's events."""
 
     async def histories(self, task_ids: Sequence[str]) -> list[History]:
         """Return those of the tasks that exist, each with all its events, as of one moment."""

@@ -252,9 +252,12 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         return convert.replay_to_proto(await self._tasks.replay(after, REPLAYED_AT_ONCE, rebuild=request.rebuild))
 
     async def ListTaskEvents(self, request: pb.ListTaskEventsRequest, _: object) -> pb.ListTaskEventsResponse:
+        query = convert.event_query_from(request)
         await self._own(request.task_id)
-        [history] = await self._tasks.histories([request.task_id])
-        return pb.ListTaskEventsResponse(events=map(convert.event_to_proto, history.events))
+        page = await self._tasks.events(query)
+        return pb.ListTaskEventsResponse(
+            events=map(convert.event_to_proto, page.events), next_page_token=convert.event_page_token(page)
+        )
 
     async def ClaimTask(self, request: pb.ClaimTaskRequest, _: object) -> pb.ClaimTaskResponse:
         claimed = partial(domain.claimed, terms=self._terms())

@@ -41,6 +41,8 @@ from services.task.domain import (
     DeadQuery,
     Discrepancy,
     Event,
+    EventPage,
+    EventQuery,
     Failure,
     History,
     Notice,
@@ -245,6 +247,17 @@ class SqlTasks:
         async with self._database.query() as connection:
             tasks = [_task(row) for row in await connection.execute(found)]
         return Page(tasks[: query.size], len(tasks) > query.size)
+
+    async def events(self, query: EventQuery) -> EventPage:
+        found = (
+            select(event_table)
+            .where(event_table.c.task_id == query.task_id, event_table.c.sequence > query.after)
+            .order_by(event_table.c.sequence)
+            .limit(query.size + 1)
+        )
+        async with self._database.query() as connection:
+            events = [_event(row) for row in await connection.execute(found)]
+        return EventPage(events[: query.size], len(events) > query.size)
 
     async def histories(self, task_ids: Sequence[str]) -> list[History]:
         events: dict[str, list[Event]] = {}

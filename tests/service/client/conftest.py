@@ -297,7 +297,9 @@ class Installation(
         return task_pb2.ListTasksResponse(tasks=page, next_page_token=token)
 
     async def ListTaskEvents(self, request, context):
-        return task_pb2.ListTaskEventsResponse(events=[{"sequence": 1, "state": Task.STATE_QUEUED}])
+        number = int(request.page_token or 1)  # one to a page, so that listing has to turn pages
+        event = {"sequence": number, "state": Task.STATE_QUEUED if number % 2 else Task.STATE_CANCELLED}
+        return task_pb2.ListTaskEventsResponse(events=[event], next_page_token=str(number + 1) if number < 3 else "")
 
     async def WatchTask(self, request, context):
         await self.require_token(context)

@@ -265,6 +265,10 @@ async def test_lists_turn_pages(atelier: Atelier) -> None:
     assert found == ["tsk_5", "tsk_4", "tsk_3", "tsk_2", "tsk_1"]
 
 
+async def test_all_that_happened_to_a_task_is_told_of_however_many_pages(atelier: Atelier) -> None:
+    assert [event.sequence for event in await atelier.task_events("tsk_1")] == [1, 2, 3]
+
+
 async def test_a_server_that_is_not_there_is_unreachable_for_calls_and_for_bytes() -> None:
     async with Atelier.connect(f"http://{HOST}:{free_port()}", credentials=MemoryCredentials()) as atelier:
         with pytest.raises(Unreachable) as call:

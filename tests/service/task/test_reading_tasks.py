@@ -29,6 +29,23 @@ async def test_pages_are_complete_in_order_and_end(replica: Replica):
     assert token == ""
 
 
+async def test_events_come_in_pages_since_an_owner_can_make_any_number_of_them(replica: Replica):
+    task = await replica.create()
+    for _ in range(30):
+        await replica.user().CancelTask(pb.CancelTaskRequest(task_id=task.task_id))
+        await replica.user().RetryTask(pb.RetryTaskRequest(task_id=task.task_id))
+
+    first = await replica.user().ListTaskEvents(pb.ListTaskEventsRequest(task_id=task.task_id))
+    seen, request = [], pb.ListTaskEventsRequest(task_id=task.task_id, page_size=20)
+    while not seen or request.page_token:
+        page = await replica.user().ListTaskEvents(request)
+        seen.append([event.sequence for event in page.events])
+        request.page_token = page.next_page_token
+
+    assert (len(first.events), bool(first.next_page_token)) == (50, True)
+    assert seen == [[*range(1, 21)], [*range(21, 41)], [*range(41, 61)], [61]]
+
+
 async def test_a_full_last_page_has_no_next(replica: Replica):
     for _ in range(2):
         await replica.create()
@@ -65,6 +82,17 @@ async def test_a_list_that_makes_no_sense_is_refused(replica: Replica, request_:
     refusal = await refused(replica.user().ListTasks(request_))
 
     assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", reason)
+
+
+@pytest.mark.parametrize("token", ["rubbish", paging.encode(["1"])])
+async def test_a_page_of_events_that_no_list_gave_is_refused(replica: Replica, token: str):
+    task = await replica.create()
+
+    refusal = await refused(
+        replica.user().ListTaskEvents(pb.ListTaskEventsRequest(task_id=task.task_id, page_token=token))
+    )
+
+    assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "PAGE_TOKEN_MALFORMED")
 
 
 async def test_anothers_task_is_not_found_exactly_as_a_missing_one(replica: Replica):

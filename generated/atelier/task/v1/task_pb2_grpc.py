@@ -222,7 +222,8 @@ class TaskServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListTaskEvents(self, request, context):
-        """Lists every change of a task's state, oldest first. Fails with TASK_NOT_FOUND.
+        """Lists every change of a task's state, oldest first: as many as its attempts and its owner's retries made. Fails with
+        TASK_NOT_FOUND or PAGE_TOKEN_MALFORMED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -70,7 +70,9 @@ class TaskServiceStub:
     TASK_NOT_FOUND, TASK_NOT_RETRYABLE or QUOTA_EXCEEDED.
     """
     ListTaskEvents: _grpc.UnaryUnaryMultiCallable[_task_pb2.ListTaskEventsRequest, _task_pb2.ListTaskEventsResponse]
-    """Lists every change of a task's state, oldest first. Fails with TASK_NOT_FOUND."""
+    """Lists every change of a task's state, oldest first: as many as its attempts and its owner's retries made. Fails with
+    TASK_NOT_FOUND or PAGE_TOKEN_MALFORMED.
+    """
     ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_task_pb2.ListDeadLettersRequest, _task_pb2.ListDeadLettersResponse]
     """Lists tasks that failed since every attempt met something that might have passed (a lost worker, a service that was
     away), oldest first. Fails with PAGE_TOKEN_MALFORMED.
@@ -144,7 +146,9 @@ class TaskServiceAsyncStub(TaskServiceStub):
     TASK_NOT_FOUND, TASK_NOT_RETRYABLE or QUOTA_EXCEEDED.
     """
     ListTaskEvents: _aio.UnaryUnaryMultiCallable[_task_pb2.ListTaskEventsRequest, _task_pb2.ListTaskEventsResponse]  # type: ignore[assignment]
-    """Lists every change of a task's state, oldest first. Fails with TASK_NOT_FOUND."""
+    """Lists every change of a task's state, oldest first: as many as its attempts and its owner's retries made. Fails with
+    TASK_NOT_FOUND or PAGE_TOKEN_MALFORMED.
+    """
     ListDeadLetters: _aio.UnaryUnaryMultiCallable[_task_pb2.ListDeadLettersRequest, _task_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
     """Lists tasks that failed since every attempt met something that might have passed (a lost worker, a service that was
     away), oldest first. Fails with PAGE_TOKEN_MALFORMED.
@@ -281,7 +285,9 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_pb2.ListTaskEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.ListTaskEventsResponse, _abc.Awaitable[_task_pb2.ListTaskEventsResponse]]:
-        """Lists every change of a task's state, oldest first. Fails with TASK_NOT_FOUND."""
+        """Lists every change of a task's state, oldest first: as many as its attempts and its owner's retries made. Fails with
+        TASK_NOT_FOUND or PAGE_TOKEN_MALFORMED.
+        """
 
     @_abc_1.abstractmethod
     def ListDeadLetters(
