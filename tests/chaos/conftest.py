@@ -1,7 +1,8 @@
-"""One mesh for what dies in it by chance and for what dies in it on purpose; its workers' clocks are wrong."""
+"""Meshes for what dies in them: on purpose on SQLite, by chance on PostgreSQL. Their workers' clocks are wrong."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,13 +19,25 @@ def armed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def mesh(tmp_path_factory: pytest.TempPathFactory, armed: Path) -> Iterator[Mesh]:
-    settings = {
+def settings(armed: Path) -> dict[str, str]:
+    return {
         **SETTINGS,
         "ATELIER_CRASH_POINTS": str(armed),
         "TASK_ATTEMPTS": "20",  # of the usual three, those that die with their workers could all be one task's
         "PYTHONPATH": str(Path(__file__).parent / "clocks"),
         "TASK_WEBHOOK_ALLOWED_NETWORKS": "127.0.0.1/32",  # where a test listens
     }
+
+
+@pytest.fixture(scope="package")
+def mesh(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, str]) -> Iterator[Mesh]:
     with running(tmp_path_factory.mktemp("chaos") / "var", replicas=2, settings=settings) as mesh:
         yield mesh
+
+
+@pytest.fixture
+def on_postgresql(settings: dict[str, str]) -> Iterator[Mesh]:
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        Path(folder).chmod(0o711)  # PostgreSQL runs as another user
+        with running(Path(folder) / "var", "--postgres", replicas=2, settings=settings) as mesh:
+            yield mesh

@@ -1,4 +1,4 @@
-"""A short storm in every run of the tests; `scripts/chaos` makes longer ones."""
+"""A short storm in every run of the tests, over PostgreSQL and two of each; `scripts/chaos` makes longer ones."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tests.installation import Mesh
 SEED, SECONDS = 20261121, 20
 
 
-@pytest.mark.timeout(420)
-async def test_a_storm_loses_nothing_and_does_nothing_twice(mesh: Mesh) -> None:
-    report = await storm(mesh, seed=SEED, seconds=SECONDS, people=3, tell=print)
+@pytest.mark.timeout(480)  # the mesh starts and stops within it
+async def test_a_storm_loses_nothing_and_does_nothing_twice(on_postgresql: Mesh) -> None:
+    report = await storm(on_postgresql, seed=SEED, seconds=SECONDS, people=3, tell=print)
 
     assert report.findings.wrong == []
     assert report.faults.total() > 5

@@ -145,8 +145,8 @@ class TaskServiceServicer:
     def CreateTask(self, request, context):
         """Queues an operation on a file. Fails with FILE_NOT_FOUND, INPUT_UNSUPPORTED, QUOTA_EXCEEDED,
         OPERATION_REQUIRED and other reasons of the bounds, WEBHOOK_URL_REFUSED, or IDEMPOTENCY_KEY_REUSED.
-        With a request id, repeating it answers the same task. What a cancelled task had reserved is free within a second:
-        whoever is refused for it, with QUOTA_EXCEEDED, reads so in RetryInfo, `Retry-After` in HTTP.
+        With a request id, repeating it answers the same task. What a cancelled task had reserved is free a moment later:
+        whoever is refused for it, with QUOTA_EXCEEDED, is told to come back in a second (RetryInfo, `Retry-After` in HTTP).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

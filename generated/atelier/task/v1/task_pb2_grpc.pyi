@@ -37,8 +37,8 @@ class TaskServiceStub:
     CreateTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.CreateTaskRequest, _task_pb2.Task]
     """Queues an operation on a file. Fails with FILE_NOT_FOUND, INPUT_UNSUPPORTED, QUOTA_EXCEEDED,
     OPERATION_REQUIRED and other reasons of the bounds, WEBHOOK_URL_REFUSED, or IDEMPOTENCY_KEY_REUSED.
-    With a request id, repeating it answers the same task. What a cancelled task had reserved is free within a second:
-    whoever is refused for it, with QUOTA_EXCEEDED, reads so in RetryInfo, `Retry-After` in HTTP.
+    With a request id, repeating it answers the same task. What a cancelled task had reserved is free a moment later:
+    whoever is refused for it, with QUOTA_EXCEEDED, is told to come back in a second (RetryInfo, `Retry-After` in HTTP).
     """
     CreateTaskBatch: _grpc.UnaryUnaryMultiCallable[_task_pb2.CreateTaskBatchRequest, _task_pb2.TaskBatch]
     """Queues up to 1,000 operations, all or none; they share a parent. Fails as CreateTask does: `index` in the metadata
@@ -113,8 +113,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     CreateTask: _aio.UnaryUnaryMultiCallable[_task_pb2.CreateTaskRequest, _task_pb2.Task]  # type: ignore[assignment]
     """Queues an operation on a file. Fails with FILE_NOT_FOUND, INPUT_UNSUPPORTED, QUOTA_EXCEEDED,
     OPERATION_REQUIRED and other reasons of the bounds, WEBHOOK_URL_REFUSED, or IDEMPOTENCY_KEY_REUSED.
-    With a request id, repeating it answers the same task. What a cancelled task had reserved is free within a second:
-    whoever is refused for it, with QUOTA_EXCEEDED, reads so in RetryInfo, `Retry-After` in HTTP.
+    With a request id, repeating it answers the same task. What a cancelled task had reserved is free a moment later:
+    whoever is refused for it, with QUOTA_EXCEEDED, is told to come back in a second (RetryInfo, `Retry-After` in HTTP).
     """
     CreateTaskBatch: _aio.UnaryUnaryMultiCallable[_task_pb2.CreateTaskBatchRequest, _task_pb2.TaskBatch]  # type: ignore[assignment]
     """Queues up to 1,000 operations, all or none; they share a parent. Fails as CreateTask does: `index` in the metadata
@@ -192,8 +192,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_task_pb2.Task, _abc.Awaitable[_task_pb2.Task]]:
         """Queues an operation on a file. Fails with FILE_NOT_FOUND, INPUT_UNSUPPORTED, QUOTA_EXCEEDED,
         OPERATION_REQUIRED and other reasons of the bounds, WEBHOOK_URL_REFUSED, or IDEMPOTENCY_KEY_REUSED.
-        With a request id, repeating it answers the same task. What a cancelled task had reserved is free within a second:
-        whoever is refused for it, with QUOTA_EXCEEDED, reads so in RetryInfo, `Retry-After` in HTTP.
+        With a request id, repeating it answers the same task. What a cancelled task had reserved is free a moment later:
+        whoever is refused for it, with QUOTA_EXCEEDED, is told to come back in a second (RetryInfo, `Retry-After` in HTTP).
         """
 
     @_abc_1.abstractmethod
