@@ -44,6 +44,7 @@ _NEXT = {
     "TASK_ENDED": "atelier tasks show ID tells how.",
     "TASK_NOT_FOUND": "atelier tasks lists yours.",
     "TASK_NOT_RETRYABLE": "Only a failed or cancelled task can be tried again.",
+    "TASK_RETRIED_TOO_OFTEN": "atelier run starts a new one.",
     "WEBHOOK_DELIVERY_NOT_FOUND": "atelier webhook deliveries lists yours.",
     "WEBHOOK_NOT_FOUND": "Name a URL: atelier webhook set URL",
     "USERNAME_TAKEN": "Choose another name, or sign in: atelier login",

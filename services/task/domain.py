@@ -30,6 +30,9 @@ SUPPORTED_INPUTS = (
 FORGET = "forget"  # the work that one replica does for all: the name of its lock and of its fence
 PERMITS = 32  # of a batch, or for those that wait: so many workers are woken at a time
 POOLS = ("cpu", "gpu")  # of workers, the least demanding first: what needs several goes to the last of them
+ROUNDS = (
+    100  # of a task: each of its watchers reads all that has happened to it, and cancelling and retrying costs no quota
+)
 RESERVATION_AGE = timedelta(seconds=60)  # the user service gives back what is older than two minutes and has no task
 # A turn of weight 1 is as long as the largest weight, so that everybody's is a whole number; decision 0019.
 WEIGHTS = {"ROLE_USER": 1, "ROLE_VIP": 4, "ROLE_ADMIN": 4}
@@ -51,6 +54,10 @@ class TaskEnded(FailedPrecondition):
 
 class TaskNotRetryable(FailedPrecondition):
     reason = "TASK_NOT_RETRYABLE"
+
+
+class TaskRetriedTooOften(FailedPrecondition):
+    reason = "TASK_RETRIED_TOO_OFTEN"
 
 
 class TaskNotDead(FailedPrecondition):
@@ -496,6 +503,19 @@ def require_retryable(task: Task) -> None:
         raise TaskNotRetryable(
             f"The task {task.task_id} is {task.state}; only FAILED and CANCELLED ones can be retried.",
             metadata={"task_id": task.task_id, "state": task.state},
+        )
+
+
+def require_rounds(task: Task) -> None:
+    """Refuse to queue a task once more for its owner after so many times.
+
+    Raises:
+        TaskRetriedTooOften: it has had all its rounds.
+    """
+    if task.round >= ROUNDS:
+        raise TaskRetriedTooOften(
+            f"The task {task.task_id} was queued {task.round} times, which is the most. Create a new one.",
+            metadata={"task_id": task.task_id, "rounds": str(ROUNDS)},
         )
 
 

@@ -221,6 +221,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
     async def RetryTask(self, request: pb.RetryTaskRequest, _: object) -> pb.Task:
         task = await self._own(request.task_id)
         domain.require_retryable(task)
+        domain.require_rounds(task)
         return convert.task_to_proto(await self._queued_again(task, role=context.user().role, reason="RETRIED"))
 
     async def ListDeadLetters(self, request: pb.ListDeadLettersRequest, _: object) -> pb.ListDeadLettersResponse:

@@ -388,6 +388,20 @@ async def test_a_task_that_did_not_end_badly_cannot_be_retried(replica: Replica)
     assert refusal.metadata["state"] == "QUEUED"
 
 
+async def test_an_owner_queues_a_task_again_so_often_and_no_more(replica: Replica, users, monkeypatch):
+    monkeypatch.setattr(domain, "ROUNDS", 2)
+    request = pb.RetryTaskRequest(task_id=(await replica.create()).task_id)
+    cancel = pb.CancelTaskRequest(task_id=request.task_id)
+    await replica.user().CancelTask(cancel)
+    await replica.user().RetryTask(request)
+    await replica.user().CancelTask(cancel)
+
+    refusal = await refused(replica.user().RetryTask(request))
+
+    assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "TASK_RETRIED_TOO_OFTEN")
+    assert users.reserved == {f"{request.task_id}/1", f"{request.task_id}/2"}
+
+
 async def test_permits_that_the_broker_lost_are_published_again(replica: Replica, bus: Bus):
     upkeep = Upkeep(replica.tasks, bus, lambda: BRISK, permit_grace=timedelta(0))
     for _ in range(3):

@@ -214,15 +214,15 @@ class TaskServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RetryTask(self, request, context):
-        """Queues a failed or cancelled task again, with fresh attempts and a new reservation. Fails with
-        TASK_NOT_FOUND, TASK_NOT_RETRYABLE or QUOTA_EXCEEDED.
+        """Queues a failed or cancelled task again, with fresh attempts and a new reservation, up to 99 times. Fails with
+        TASK_NOT_FOUND, TASK_NOT_RETRYABLE, TASK_RETRIED_TOO_OFTEN or QUOTA_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTaskEvents(self, request, context):
-        """Lists every change of a task's state, oldest first: as many as its attempts and its owner's retries made. Fails with
+        """Lists every change of a task's state, oldest first: as many as its attempts and its retries made. Fails with
         TASK_NOT_FOUND or PAGE_TOKEN_MALFORMED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -66,11 +66,11 @@ class TaskServiceStub:
     Fails with TASK_NOT_FOUND or TASK_ENDED.
     """
     RetryTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.RetryTaskRequest, _task_pb2.Task]
-    """Queues a failed or cancelled task again, with fresh attempts and a new reservation. Fails with
-    TASK_NOT_FOUND, TASK_NOT_RETRYABLE or QUOTA_EXCEEDED.
+    """Queues a failed or cancelled task again, with fresh attempts and a new reservation, up to 99 times. Fails with
+    TASK_NOT_FOUND, TASK_NOT_RETRYABLE, TASK_RETRIED_TOO_OFTEN or QUOTA_EXCEEDED.
     """
     ListTaskEvents: _grpc.UnaryUnaryMultiCallable[_task_pb2.ListTaskEventsRequest, _task_pb2.ListTaskEventsResponse]
-    """Lists every change of a task's state, oldest first: as many as its attempts and its owner's retries made. Fails with
+    """Lists every change of a task's state, oldest first: as many as its attempts and its retries made. Fails with
     TASK_NOT_FOUND or PAGE_TOKEN_MALFORMED.
     """
     ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_task_pb2.ListDeadLettersRequest, _task_pb2.ListDeadLettersResponse]
@@ -142,11 +142,11 @@ class TaskServiceAsyncStub(TaskServiceStub):
     Fails with TASK_NOT_FOUND or TASK_ENDED.
     """
     RetryTask: _aio.UnaryUnaryMultiCallable[_task_pb2.RetryTaskRequest, _task_pb2.Task]  # type: ignore[assignment]
-    """Queues a failed or cancelled task again, with fresh attempts and a new reservation. Fails with
-    TASK_NOT_FOUND, TASK_NOT_RETRYABLE or QUOTA_EXCEEDED.
+    """Queues a failed or cancelled task again, with fresh attempts and a new reservation, up to 99 times. Fails with
+    TASK_NOT_FOUND, TASK_NOT_RETRYABLE, TASK_RETRIED_TOO_OFTEN or QUOTA_EXCEEDED.
     """
     ListTaskEvents: _aio.UnaryUnaryMultiCallable[_task_pb2.ListTaskEventsRequest, _task_pb2.ListTaskEventsResponse]  # type: ignore[assignment]
-    """Lists every change of a task's state, oldest first: as many as its attempts and its owner's retries made. Fails with
+    """Lists every change of a task's state, oldest first: as many as its attempts and its retries made. Fails with
     TASK_NOT_FOUND or PAGE_TOKEN_MALFORMED.
     """
     ListDeadLetters: _aio.UnaryUnaryMultiCallable[_task_pb2.ListDeadLettersRequest, _task_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
@@ -275,8 +275,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_pb2.RetryTaskRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.Task, _abc.Awaitable[_task_pb2.Task]]:
-        """Queues a failed or cancelled task again, with fresh attempts and a new reservation. Fails with
-        TASK_NOT_FOUND, TASK_NOT_RETRYABLE or QUOTA_EXCEEDED.
+        """Queues a failed or cancelled task again, with fresh attempts and a new reservation, up to 99 times. Fails with
+        TASK_NOT_FOUND, TASK_NOT_RETRYABLE, TASK_RETRIED_TOO_OFTEN or QUOTA_EXCEEDED.
         """
 
     @_abc_1.abstractmethod
@@ -285,7 +285,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_pb2.ListTaskEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.ListTaskEventsResponse, _abc.Awaitable[_task_pb2.ListTaskEventsResponse]]:
-        """Lists every change of a task's state, oldest first: as many as its attempts and its owner's retries made. Fails with
+        """Lists every change of a task's state, oldest first: as many as its attempts and its retries made. Fails with
         TASK_NOT_FOUND or PAGE_TOKEN_MALFORMED.
         """
 
