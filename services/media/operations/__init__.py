@@ -37,9 +37,17 @@ WRITE: Mapping[
 WRITE = _named("write")
 
 
+# How libvips, libtiff and most of libaom say it; libjpeg and libpng; libwebp; what it is of a thread; and libaom
+# where it does not say it, of pixels that are ours and within its bounds.
+_NO_MEMORY = (
+    "out of memory", "allocat", "insufficient memory", "picture memory error", "creating thread",
+    "encoder plugin generated an error",
+)  # fmt: skip
+
+
 def is_out_of_memory(said: str) -> bool:
     """Tell whether libvips or one of its codecs speaks of memory; of a TIFF's empty directory libtiff does too."""
-    return any(sign in said for sign in ("out of memory", "allocat")) and "(0 elements" not in said
+    return any(sign in said for sign in _NO_MEMORY) and "(0 elements" not in said
 
 
 def run(

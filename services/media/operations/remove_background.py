@@ -20,6 +20,8 @@ def run(picture: Picture, operation: RemoveBackground, files: Mapping[str, Sourc
     alpha = _alpha(picture)
     pixels = picture.pixels()
     if pixels.hasalpha():  # what was transparent stays so
+        if operation.blur:
+            pixels = pixels.copy_memory()  # all of it is looked at before what it lies on is known
         alpha = (alpha * pixels[3] / 255).cast("uchar")
     pixels = pixels[:3]
     if operation.colour:

@@ -159,15 +159,27 @@ def test_the_background_goes_out_of_focus_without_a_halo(run):
     assert np.abs(ours - wood).sum() < 0.6 * np.abs(plain - wood).sum()
 
 
-def test_what_was_transparent_stays_so(run, tmp_path, coffee):
-    holed = Image.open(coffee).convert("RGBA")
-    holed.paste((0, 0, 0, 0), (250, 250, 330, 330))  # in the cup
-    holed.save(tmp_path / "holed.png")
+@pytest.fixture
+def holed(tmp_path, coffee):
+    image = Image.open(coffee).convert("RGBA")
+    image.paste((0, 0, 0, 0), (250, 250, 330, 330))  # in the cup
+    image.save(tmp_path / "holed.png")
+    return tmp_path / "holed.png"
 
-    result, _ = run(RemoveBackground(), tmp_path / "holed.png")
+
+def test_what_was_transparent_stays_so(run, holed):
+    result, _ = run(RemoveBackground(), holed)
 
     assert alpha_of(result)[255:325, 255:325].max() == 0
     assert alpha_of(result)[200, 300] > 200
+
+
+def test_what_was_transparent_shows_the_blurred_background(run, holed):
+    result, _ = run(RemoveBackground(blur=Defocus()), holed)
+
+    hole = np.asarray(result)[260:320, 260:320]
+    assert (result.mode, result.size) == ("RGB", (600, 400))
+    assert hole.std(axis=(0, 1)).max() < 12
 
 
 def test_a_cut_out_is_a_step_of_a_pipeline(run, coffee):

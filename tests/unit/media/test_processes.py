@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
 import psutil
 import pytest
 
-from services.media import processes
+from mesh.errors import MeshError
+from services.media import domain, processes
+from services.media.processes import Slot
 from services.media.worker import cuda
 from services.media.worker.capacity import capacity
 from tests.eventually import eventually
 from tests.models import folder_with, grey, installed, worker_config
+from tests.photographs import photograph
 
 KNOWN = {
     "PATH", "PYTHONPATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "TMPDIR", "XDG_CACHE_HOME", "VIPS_WARNING",
@@ -45,3 +49,23 @@ def test_a_worker_says_what_it_can_do(tmp_path: Path) -> None:
         "device": cuda.device() or "CPU",
     }
     assert json.loads(capacity(worker_config(tmp_path, slots=1), []))["pools"] == ["cpu"]
+
+
+@pytest.mark.parametrize("format_", [domain.Format.JPEG, domain.Format.AVIF])
+@pytest.mark.parametrize("memory_mib", [148, 168, 208, 268])
+async def test_an_encoder_that_gets_no_memory_is_no_bug(
+    tmp_path: Path, format_: domain.Format, memory_mib: int
+) -> None:
+    slot = Slot(tmp_path, memory_bytes=memory_mib * 2**20, seconds=lambda: 60, turns=asyncio.Semaphore(1))
+    await slot.clear()
+    larger = domain.Resize(width=3000, height=3000, fit=domain.Fit.FILL, format=format_)
+    outcome = "done"
+
+    try:
+        await slot.run(larger, photograph("coffee.png"), {}, slot.folder, lambda _share: None)
+    except MeshError as refusal:
+        outcome = refusal.reason
+    finally:
+        await slot.stop()
+
+    assert outcome in ("OUT_OF_MEMORY", "done")
