@@ -176,10 +176,11 @@ class Inference:
         try:
             writer.write(header)
             writer.write(body)
-            await writer.drain()
+            writer.close()
+            await (
+                writer.wait_closed()
+            )  # `drain` leaves a rest to be sent, which the end of the process would take along
         except OSError:
-            pass
-        finally:
             writer.close()
 
     async def _request(self, reader: asyncio.StreamReader) -> tuple[str, Pixels]:

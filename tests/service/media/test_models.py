@@ -6,6 +6,7 @@ import asyncio
 import io
 import socket
 import statistics
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from scripts.local.layout import WEIGHTS
 from services.media import processes
 from services.media.worker import weights
 from services.media.worker.inference import Inference, ItemsMalformed
-from services.media.worker.models import RemoteModels
+from services.media.worker.models import RemoteModels, packed
 from tests.eventually import eventually
 from tests.models import SIDE_PX, described, folder_with, grey, learned_upscale, worker_config
 from tests.service.media.conftest import SHORT, Start, World
@@ -211,6 +212,35 @@ async def test_a_process_that_has_computed_enough_is_replaced_and_nobody_notices
     assert (await waiting).shape == (1, 3, 2 * SIDE_PX, 2 * SIDE_PX)
     second.cancel()
     listening.close()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+async def test_the_last_answer_of_a_process_is_whole_though_it_is_read_slowly(tmp_path: Path, quick: Path, count: int):
+    address = f"\0{tmp_path.name}"
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(address)
+    listening.listen()
+    listening.setblocking(False)
+    limits = {"memory_bytes": 8 * 1024**3, "batch": 8, "batch_seconds": 0.0, "compute_seconds": 10.0}
+    # With an event loop of its own, which ends with it as a process' does.
+    process = asyncio.create_task(asyncio.to_thread(asyncio.run, Inference(quick, **limits, items=1).run(listening)))
+
+    def asked() -> bytes:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(5)
+            connection.connect(address)
+            for part in packed({"model": "linear"}, np.ones((count, 3, SIDE_PX, SIDE_PX), np.float32)):
+                connection.sendall(part)
+            answer = b""
+            while piece := connection.recv(2048):
+                answer += piece
+                time.sleep(0.0005)
+            return answer
+
+    answer = await asyncio.to_thread(asked)
+    await process
+    listening.close()
+    assert len(answer) > 4 * count * 3 * (2 * SIDE_PX) ** 2
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 1)])
