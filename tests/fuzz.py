@@ -1,9 +1,10 @@
-"""Broken images through the worker's real child process. Usage: scripts/fuzz."""
+"""Broken images, and odd operations, through the worker's real child processes. Usage: scripts/fuzz."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import re
 import struct
 import tempfile
@@ -11,24 +12,29 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 
+from PIL import Image
+
 from mesh.errors import MeshError
-from services.media import domain
-from services.media.config import WorkerConfig
+from services.media import domain, processes
+from services.media.convert import operation_from
 from services.media.domain import Fit, Format, Interest
 from services.media.processes import Slot
-from tests.hostile import seeds
+from services.media.worker.weights import MANIFEST
+from tests import drawn
+from tests.hostile import picture, saved, seeds, transparent, turned
+from tests.models import grey, learned_upscale, worker_config
 
+Image.MAX_IMAGE_PIXELS = None  # headers alone are read here, and of our own files
 FINDINGS = Path(__file__).resolve().parent.parent / "var" / "fuzz"
-MEMORY_BYTES: int = WorkerConfig.model_fields["job_memory_bytes"].default
 SECONDS = 30  # a few kilobytes that keep a machine busy for longer than this are a finding
-TYPED = {
-    "INPUT_UNSUPPORTED", "INPUT_DAMAGED", "IMAGE_TOO_LARGE", "OUTPUT_TOO_LARGE", "TARGET_UNREACHABLE",
-    "ALREADY_SMALLEST",
-}  # fmt: skip
+BROKEN = frozenset({"INPUT_UNSUPPORTED", "INPUT_DAMAGED"})
+REFUSED = frozenset({"IMAGE_TOO_LARGE", "OUTPUT_TOO_LARGE", "TARGET_UNREACHABLE", "ALREADY_SMALLEST", "TEXT_EMPTY"})
+COSTLY = frozenset({"TIME_LIMIT_EXCEEDED", "OUT_OF_MEMORY"})  # sixteen results of 268 megapixels may be asked for
+TYPED = BROKEN | REFUSED | COSTLY
 HEADER_BYTES = 256
 EDGES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
@@ -130,6 +136,42 @@ def _mend_checksums(png: bytearray) -> None:
         at = end + 4
 
 
+def shapes() -> Sequence[bytes]:
+    """Return sound images: larger ones than `seeds`, and thin ones, whose sides are soon rounded to nothing."""
+    dot, line, column = (picture().resize(size) for size in ((1, 1), (3000, 1), (2, 2500)))
+    return (
+        saved("PNG", dot),
+        saved("GIF", dot),
+        saved("JPEG", line),
+        saved("PNG", transparent().resize((1, 4000))),
+        saved("WEBP", column),
+        saved("AVIF", line.resize((900, 17))),
+        saved("GIF", line.resize((700, 1)), save_all=True, append_images=[each.resize((700, 1)) for each in turned()]),
+        saved("WEBP", dot, save_all=True, append_images=[each.resize((1, 1)) for each in turned()]),
+        saved("TIFF", column.convert("CMYK")),
+        saved("JPEG", picture().resize((1200, 800)), quality=90),
+        saved("PNG", transparent().resize((700, 500))),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """The input, with what else the operation may name; the operation; and what may become of it beside a result."""
+
+    inputs: Sequence[bytes]
+    work: domain.Work
+    typed: frozenset[str]
+
+
+def case(random: Random, files: Sequence[bytes]) -> Case:
+    """Return a broken image for an operation that does little, or an operation at random for images mostly sound."""
+    if random.random() < 0.5:
+        return Case([mutated(random, files)] * 3, random.choice(WORKS), BROKEN | REFUSED)
+    sound = random.random() < 0.8
+    inputs = [random.choice(files) if sound else mutated(random, files) for _ in range(3)]
+    return Case(inputs, operation_from(drawn.operation(random)), REFUSED | COSTLY if sound else TYPED)
+
+
 async def fuzz(seed: int, *, seconds: float, cases: int | None, folder: Path, keep: Path) -> Told:
     """Try broken images until the time is up.
 
@@ -141,36 +183,50 @@ async def fuzz(seed: int, *, seconds: float, cases: int | None, folder: Path, ke
         keep: where what was found goes.
     """
     told = Told()
-    files = list(seeds().values())
-    slot = Slot(folder, memory_bytes=MEMORY_BYTES, seconds=lambda: SECONDS, turns=asyncio.Semaphore(1))
-    await slot.clear()
-    until, number = time.monotonic() + seconds, 0
-    try:
+    files = [*seeds().values(), *shapes()]
+    config = worker_config(folder, slots=1, job_seconds=SECONDS, weights_dir=_weights(folder / "weights"))
+    async with processes.opened(config) as (slot,):
+        until, number = time.monotonic() + seconds, 0
         while time.monotonic() < until and (cases is None or number < cases):
-            random = Random(f"{seed}/{number}")
-            content, work = mutated(random, files), random.choice(WORKS)
-            outcome = await _tried(slot, content, work, told)
+            one = case(Random(f"{seed}/{number}"), files)
+            outcome = await _tried(slot, one, told)
             told.outcomes[outcome] += 1
-            if outcome != "done" and outcome not in TYPED:
-                keep.mkdir(parents=True, exist_ok=True)
-                (keep / f"{seed}-{number}").write_bytes(content)
-                told.findings.append(f"seed {seed}, case {number}: {outcome} · {work} · {keep / f'{seed}-{number}'}")
+            if outcome != "done" and outcome not in one.typed:
+                place = keep / f"{seed}-{number}"
+                place.mkdir(parents=True, exist_ok=True)
+                for each, content in enumerate(one.inputs):
+                    (place / str(each)).write_bytes(content)
+                told.findings.append(f"seed {seed}, case {number}: {outcome} · {one.work} · {place}")
             number += 1
-    finally:
-        await slot.stop()
     return told
 
 
-async def _tried(slot: Slot, content: bytes, work: domain.Work, told: Told) -> str:
-    source = slot.folder / "input"
-    source.write_bytes(content)
+def _weights(folder: Path) -> Path:
+    """Make a folder of models that take no time."""
+    folder.mkdir(parents=True)
+    models = (grey(), learned_upscale())
+    for model, content in models:
+        (folder / model.file).write_bytes(content)
+    (folder / MANIFEST).write_text(json.dumps([asdict(model) for model, _ in models]))
+    return folder
+
+
+async def _tried(slot: Slot, one: Case, told: Told) -> str:
+    await slot.clear()
+    source, *others = (slot.folder / f"input-{number}" for number in range(len(one.inputs)))
+    for path, content in zip((source, *others), one.inputs, strict=True):
+        path.write_bytes(content)
+    files = dict(zip(drawn.FILE_IDS, others, strict=True))
     began = time.monotonic()
     try:
-        await slot.run(work, source, {}, slot.folder, lambda _share: None)
+        written = await slot.run(one.work, source, files, slot.folder, lambda _share: None)
+        _require_as_said(written)
     except MeshError as refusal:
         outcome = refusal.reason + (f" {refusal.metadata}" if refusal.reason == "WORKER_CRASHED" else "")
     except RuntimeError as bug:  # what no refusal stands for: the worker would say INTERNAL
-        outcome = "bug: " + str(bug).strip().splitlines()[-1]
+        outcome = "bug: " + " · ".join(str(bug).strip().splitlines()[-3:])
+    except AssertionError as lie:
+        outcome = f"lie: {lie}"
     else:
         outcome = "done"
     told.slowest_seconds = max(told.slowest_seconds, time.monotonic() - began)
@@ -178,6 +234,18 @@ async def _tried(slot: Slot, content: bytes, work: domain.Work, told: Told) -> s
         status = Path(f"/proc/{slot.pid}/status").read_text()
         told.most_bytes = max(told.most_bytes, 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0]))
     return outcome
+
+
+def _require_as_said(results: Sequence[domain.Written]) -> None:
+    """Raise AssertionError unless each result is what is said of it."""
+    for each in results:
+        if each.format is Format.PDF:
+            said, found = b"%PDF", each.path.read_bytes()[:4]
+            assert found == said, f"{each} is no PDF"
+            continue
+        with Image.open(each.path) as image:
+            found = (image.format, image.size)
+        assert found == (each.format.name, (each.width, each.height)), f"{each} is {found}"
 
 
 def main() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from random import Random
 
 import pytest
+from atelier.media.v1 import media_pb2 as pb
 
-from tests.fuzz import TYPED, fuzz, mutated
+from tests import drawn
+from tests.fuzz import TYPED, case, fuzz
 from tests.hostile import seeds
 
 
@@ -33,6 +35,13 @@ async def test_what_dies_is_found_and_kept(tmp_path, monkeypatch):
 def test_a_seed_makes_the_same_cases():
     files = list(seeds().values())
 
-    assert [mutated(Random(f"7/{n}"), files) for n in range(20)] == [
-        mutated(Random(f"7/{n}"), files) for n in range(20)
-    ]
+    assert [case(Random(f"7/{n}"), files) for n in range(40)] == [case(Random(f"7/{n}"), files) for n in range(40)]
+
+
+def test_operations_are_drawn_of_every_kind_and_up_to_the_bounds():
+    operations = [drawn.operation(Random(n)) for n in range(2000)]  # each is checked by the contract's bounds
+
+    assert {each.WhichOneof("kind") for each in operations} == set(pb.Operation.DESCRIPTOR.fields_by_name)
+    assert {1, 16} <= {len(each.pipeline.steps) for each in operations}
+    assert {1, 16_384} <= {each.resize.width for each in operations}
+    assert {*pb.Watermark.Gravity.values()} == {each.watermark.gravity for each in operations}
