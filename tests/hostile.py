@@ -7,7 +7,7 @@ import io
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -184,6 +184,22 @@ def _directory(tags: Sequence[tuple[int, int]]) -> bytes:
     return struct.pack("<H", len(tags)) + b"".join(entries)
 
 
+def raws() -> Iterator[tuple[str, bytes]]:
+    """Yield cameras' raw files, with no more in them than tells what they are and a preview that libtiff would show."""
+    for order in "<>":
+        yield f"nef {order}", _raw(order, {254: 1, 330: 8})
+        yield f"dng {order}", _raw(order, {50706: 0x0401})
+        yield f"pef {order}", _raw(order, {262: 32803})
+        yield f"cr2 {order}", _raw(order, {}, b"CR\2\0")
+
+
+def _raw(order: str, special: Mapping[int, int], marker: bytes = b"") -> bytes:
+    tags = {254: 0, 256: 16, 257: 12, 258: 8, 259: 1, 262: 1, 273: 16, 277: 1, 278: 12, 279: 192} | special
+    start = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "I", 208) + marker.ljust(8, b"\0")
+    entries = (struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return start + bytes(range(192)) + struct.pack(order + "H", len(tags)) + b"".join(entries) + bytes(4)
+
+
 def _no_images() -> Iterator[tuple[str, bytes]]:
     svg = (
         b'<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY f SYSTEM "file:///etc/passwd">]>'
@@ -206,6 +222,7 @@ def _no_images() -> Iterator[tuple[str, bytes]]:
     yield "fits", b"SIMPLE  =                    T" + b" " * 2850
     yield "vips", b"\x08\xf2\xa6\xb6" + struct.pack("<II", 60, 40) + bytes(60)
     yield "matrix", b"60 40\n" + b"1 " * 2400
+    yield from raws()
     yield "nothing", b""
     yield "one byte", b"\xff"
 

@@ -46,6 +46,13 @@ _ALIASES = {
     "image/heif": "image/heic",  # one container; senders use either name
     "image/x-ms-bmp": "image/bmp",
     "image/x-bmp": "image/bmp",
+    # Cameras' raw files are TIFFs by their signature; media workers tell them apart.
+    "image/x-nikon-nef": "image/tiff",
+    "image/x-canon-cr2": "image/tiff",
+    "image/x-sony-arw": "image/tiff",
+    "image/x-pentax-pef": "image/tiff",
+    "image/x-adobe-dng": "image/tiff",
+    "image/dng": "image/tiff",
 }
 _BY_SUFFIX = {
     ".jpg": "image/jpeg",

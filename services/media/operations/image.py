@@ -18,7 +18,7 @@ from pyvips import GValue, Image
 
 from services.media import domain
 from services.media.domain import Format, ImageTooLarge, InputUnsupported, OutputTooLarge, Written
-from services.media.operations import jpeg, pdf
+from services.media.operations import jpeg, pdf, tiff
 
 Progress = Callable[[float], None]
 """Takes the share that is done, 0..1."""
@@ -192,6 +192,10 @@ class Source(Picture):
         loader = _sniffed(path)
         if loader is None:
             raise InputUnsupported("The file is not a JPEG, PNG, WebP, AVIF, GIF or TIFF image.")
+        if loader == "VipsForeignLoadTiff" and tiff.is_raw(path):
+            raise InputUnsupported(
+                "The file is a camera's raw picture (as NEF, CR2, ARW and DNG are): develop it, and save it as JPEG."
+            )
         try:
             header = Image.new_from_file(str(path), access="sequential")
         except pyvips.Error as fault:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import pyvips
 from PIL import Image
 
 from services.media.domain import (
@@ -15,6 +16,7 @@ from services.media.domain import (
     Watermark,
 )
 from services.media.domain import Image as Mark
+from tests.hostile import raws
 from tests.unit.media.conftest import EXAMPLES, huge_png
 
 
@@ -40,6 +42,25 @@ def test_what_is_no_image_of_the_six_kinds_is_refused(run, tmp_path, operation, 
 
     with pytest.raises(InputUnsupported):
         run(operation, tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize(("name", "content"), list(raws()))
+def test_a_camera_s_raw_file_is_refused_as_what_it_is_and_its_preview_not_taken(run, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(InputUnsupported) as refusal:
+        run(Resize(width=10), tmp_path / name)
+
+    assert "raw" in refusal.value.message
+
+
+def test_a_tiff_with_smaller_versions_of_itself_is_no_raw_file(run, rocket, tmp_path):
+    image = pyvips.Image.new_from_file(str(rocket))
+    image.tiffsave(str(tmp_path / "pyramid.tif"), tile=True, pyramid=True, subifd=True)
+
+    result, _ = run(Resize(width=100), tmp_path / "pyramid.tif")
+
+    assert result.width == 100
 
 
 @pytest.mark.parametrize("share", [0.0005, 0.05, 0.5, 0.95])

@@ -55,6 +55,7 @@ def test_what_is_no_photograph_is_told_apart(head, content_type):
         ("a.jpg", "image/jpg", "image/jpeg"),
         ("a.jpg", "", "image/png"),
         ("a.heic", "image/heif", "image/heic"),
+        ("a.NEF", "image/x-nikon-nef", "image/tiff"),
         ("a", "application/x-www-form-urlencoded", "image/jpeg"),  # curl's own choice
         ("a.txt", "text/csv; charset=utf-8", "text/plain"),
         ("a.bin", "application/octet-stream", "text/plain"),
