@@ -40,10 +40,6 @@ from services.media.domain import (
 
 ENCODER = f"libvips {metadata.version('pyvips-binary')}"
 """What reads and writes pixels, with the codecs that come in the same package; another one makes other bytes."""
-FACE_DETECTOR = " ".join(
-    f"{each} {metadata.version(each)}" for each in sorted({*metadata.packages_distributions().get("cv2", ())})
-)
-"""What `operations.faces` finds them with; empty where it is not installed."""
 # Those of the machine, and fontconfig's rules for choosing among them. A child has neither a home nor settings that
 # would lead it to more.
 FONT_FOLDERS = (Path("/usr/share/fonts"), Path("/usr/local/share/fonts"), Path("/etc/fonts"))
@@ -231,6 +227,22 @@ def fonts(folders: Iterable[Path] = FONT_FOLDERS) -> str:
     found = (path for folder in folders for path in folder.rglob("*") if path.is_file())
     files = sorted((path.name, path.stat().st_size) for path in found)
     return f"fonts {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}"
+
+
+async def face_detector() -> str:
+    """Return what `operations.faces` finds them with; empty where it is not installed, or does not work.
+
+    A child tries it: the worker itself has no use for OpenCV and its 47 MiB.
+    """
+    packages = sorted({*metadata.packages_distributions().get("cv2", ())})
+    if not packages:
+        return ""
+    trying = await _begun("services.media.worker.faces", stderr=PIPE)
+    _, said = await trying.communicate()
+    if trying.returncode:
+        log.warning("OpenCV is installed and does not work", extra={"said": said.decode(errors="replace")[-1000:]})
+        return ""
+    return " ".join(f"{each} {metadata.version(each)}" for each in packages)
 
 
 async def _begun(module: str, *arguments: str, env: Mapping[str, str] | None = None, **options: Any) -> Process:

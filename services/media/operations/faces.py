@@ -1,4 +1,4 @@
-"""Where faces are, by OpenCV's cascade of Haar features, which its package brings. Without OpenCV none are found.
+"""Where faces are, by OpenCV's cascade of Haar features, of its package. Where OpenCV does not work none are found.
 
 docs/decisions/0025 says why. Source: Viola, Jones, "Rapid object detection using a boosted cascade of simple
 features", CVPR 2001.
@@ -34,8 +34,21 @@ def found(image: Image) -> list[Box]:
 @cache
 def _detector() -> Any:
     try:
-        import cv2.data  # noqa: PLC0415 - loaded by who asks for faces, where it is installed
-    except ImportError:
+        return detector()
+    except Exception:  # noqa: BLE001 - whatever OpenCV's import meets where something of it is missing
         return None
+
+
+def detector() -> Any:
+    """Return OpenCV's.
+
+    Raises:
+        Exception: it is not installed, lacks a library of the system or its cascade, or was made for another NumPy.
+    """
+    import cv2.data  # noqa: PLC0415 - loaded by who asks for faces, where it is installed
+
     cv2.setNumThreads(1)  # the slots of a worker use the other cores
-    return cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
+    cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
+    if cascade.empty():
+        raise RuntimeError("OpenCV has no cascade.")
+    return cascade

@@ -32,6 +32,7 @@ async def main(config: WorkerConfig) -> None:
             slots,
             pools=pools(config, models),
             models=models,
+            face_detector=await processes.face_detector(),
             fonts=processes.fonts(),
             worker_id=config.instance,
             drain_seconds=config.drain_seconds,

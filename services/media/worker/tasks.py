@@ -21,7 +21,7 @@ from mesh.together import Together
 from services.media.convert import operation_from
 from services.media.domain import Model, Work, canonical, models_used, result_name
 from services.media.peers import Storage
-from services.media.processes import ENCODER, FACE_DETECTOR, Slot
+from services.media.processes import ENCODER, Slot
 from services.media.worker.capacity import CPU, GPU
 from services.media.worker.results import Results, work_json
 
@@ -84,7 +84,7 @@ class Worker:
         *,
         pools: Sequence[str],
         models: Sequence[Model] = (),
-        face_detector: str = FACE_DETECTOR,
+        face_detector: str,
         fonts: str,
         worker_id: str,
         drain_seconds: float,

@@ -282,6 +282,7 @@ async def start(tmp_path: Path, permits: Any) -> AsyncIterator[Start]:
                 reading,
                 opened,
                 pools=pools(config, weights.described(config.weights_dir)),
+                face_detector="",
                 fonts=processes.fonts(),
                 worker_id=config.instance,
                 drain_seconds=drain_seconds,

@@ -40,6 +40,8 @@ BY_FACES = media_pb2.Operation(
 
 MARKED = media_pb2.Operation(watermark=media_pb2.Watermark(text=media_pb2.Watermark.Text(content="Hello")))
 
+FACE_DETECTOR, FONTS = "opencv-python-headless 4", "fonts 1"
+
 
 class Tasks(conftest.Tasks):
     """Gives capabilities that storage believes."""
@@ -129,7 +131,7 @@ async def start(tmp_path: Path, sqlite_databases: SqliteDatabases) -> AsyncItera
                     pools=[CPU],
                     worker_id=config.instance,
                     drain_seconds=0.3,
-                    **{"fonts": processes.fonts(), **settings},
+                    **{"face_detector": FACE_DETECTOR, "fonts": FONTS, **settings},
                 )
                 house.running.append(asyncio.create_task(worker.run(house.permits)))
                 stack.push_async_callback(house.stop)
@@ -181,34 +183,26 @@ async def test_a_default_that_is_said_is_the_same_work_and_another_value_is_not(
     assert (once, house.jobs) == (1, 2)
 
 
-async def test_a_crop_by_faces_of_a_worker_that_finds_none_is_other_work(start: Start):
-    house = await start(face_detector="")
+@pytest.mark.parametrize(
+    ("operation", "other", "told"),
+    [(BY_FACES, {"face_detector": ""}, ("", FACE_DETECTOR)), (MARKED, {"fonts": "fonts 0"}, ("fonts 0", FONTS))],
+    ids=["faces", "text"],
+)
+async def test_what_a_worker_does_with_other_means_is_other_work(
+    start: Start, operation: media_pb2.Operation, other: dict[str, str], told: tuple[str, str]
+):
+    house = await start(**other)
     file_id = await house.put()
-    without = await house.result(house.do(file_id, BY_FACES))
+    first = await house.result(house.do(file_id, operation))
     await house.result(house.do(file_id, SHORT))
     await house.stop()
 
     await start()
-    found = await house.result(house.do(file_id, BY_FACES))
+    second = await house.result(house.do(file_id, operation))
     await house.result(house.do(file_id, SHORT))
 
-    assert (house.jobs, without.provenance.model) == (3, "")  # what has no faces to find was done once
-    assert found.provenance.model == processes.FACE_DETECTOR
-
-
-async def test_a_text_of_a_worker_with_other_fonts_is_other_work(start: Start):
-    house = await start(fonts="fonts 0")
-    file_id = await house.put()
-    without = await house.result(house.do(file_id, MARKED))
-    await house.result(house.do(file_id, SHORT))
-    await house.stop()
-
-    await start()
-    found = await house.result(house.do(file_id, MARKED))
-    await house.result(house.do(file_id, SHORT))
-
-    assert (house.jobs, without.provenance.model) == (3, "fonts 0")  # what has no text was done once
-    assert found.provenance.model == processes.fonts()
+    assert house.jobs == 3  # what needs neither faces nor fonts was done once
+    assert (first.provenance.model, second.provenance.model) == told
 
 
 def test_fonts_are_told_apart_by_their_files(tmp_path: Path) -> None:

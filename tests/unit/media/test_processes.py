@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 
 import psutil
@@ -69,3 +70,29 @@ async def test_an_encoder_that_gets_no_memory_is_no_bug(
         await slot.stop()
 
     assert outcome in ("OUT_OF_MEMORY", "done")
+
+
+@pytest.fixture(params=["ImportError('libGL.so.1: cannot open shared object file')", "AttributeError('_ARRAY_API')"])
+def _opencv_that_does_not_load(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cv2").mkdir()
+    (tmp_path / "cv2" / "__init__.py").write_text(f"raise {request.param}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+
+
+@pytest.mark.usefixtures("_opencv_that_does_not_load")
+async def test_opencv_that_does_not_load_is_no_face_detector() -> None:
+    assert await processes.face_detector() == ""
+
+
+async def test_opencv_that_loads_is_a_face_detector() -> None:
+    assert (await processes.face_detector()).startswith("opencv-python-headless 4")
+
+
+@pytest.mark.usefixtures("_opencv_that_does_not_load")
+async def test_a_crop_by_faces_is_done_without_opencv_that_does_not_load(tmp_path: Path) -> None:
+    by_faces = domain.SmartCrop(width=30, height=30, interest=domain.Interest.FACES)
+
+    async with processes.opened(worker_config(tmp_path, slots=1)) as (slot,):
+        (written,) = await slot.run(by_faces, photograph("coffee.png"), {}, slot.folder, lambda _share: None)
+
+    assert (written.width, written.height) == (30, 30)
