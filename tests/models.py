@@ -59,7 +59,7 @@ def grey() -> tuple[Model, bytes]:
     """Return a model for which the light is foreground, and which takes no time: for tests of what is around models."""
     kernel = np.full((1, 3, 1, 1), 1 / 3, np.float32)
     node = helper.make_node("Conv", ["input", "kernel"], ["output"])
-    return described("grey", "remove_background", _exported(kernel, [node], 1, SIDE_PX))
+    return described("grey", "remove_background", exported(kernel, [node], 1, SIDE_PX))
 
 
 @cache
@@ -84,11 +84,11 @@ def learned_upscale() -> tuple[Model, bytes]:
         helper.make_node("Conv", ["input", "kernel"], ["subpixels"], group=3, pads=[TAPS // 2] * 4),
         helper.make_node("DepthToSpace", ["subpixels"], ["output"], blocksize=SCALE, mode="CRD"),
     ]
-    content = _exported(kernel, nodes, 3, SIDE_PX * SCALE)
+    content = exported(kernel, nodes, 3, SIDE_PX * SCALE)
     return described("linear", "upscale", content, scale=SCALE, margin_px=TAPS // 2)
 
 
-def _exported(kernel: np.ndarray, nodes: list[onnx.NodeProto], channels: int, side_px: int) -> bytes:
+def exported(kernel: np.ndarray, nodes: list[onnx.NodeProto], channels: int, side_px: int) -> bytes:
     """Return a model as PyTorch would have written it: for one item."""
     graph = helper.make_graph(
         nodes,

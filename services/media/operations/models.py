@@ -27,7 +27,7 @@ class Models(Protocol):
         """Return what a model makes of `items`, which it may compute together with other callers'.
 
         Raises:
-            ModelUnusable: the weights do not load.
+            ModelUnusable: the weights do not load, or give what their description does not say.
             OutOfMemory: even one item is too much.
             WorkerCrashed: whoever ran it died.
         """

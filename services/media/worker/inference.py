@@ -75,12 +75,13 @@ class Loaded:
 
         Raises:
             OutOfMemory: the batch is too large.
-            ModelUnusable: it does not compute.
+            ModelUnusable: it does not compute, or what its description says it would not.
         """
         try:
             (made,) = self._session.run([self._output], {self._input: np.stack(items)})
         except Exception as failure:
             raise _understood(failure, self._model) from failure
+        _require_as_described(made, len(items), self._model)
         return list(made)
 
 
@@ -88,6 +89,22 @@ def _understood(failure: Exception, model: Model) -> MeshError:
     if isinstance(failure, MemoryError) or any(sign in str(failure).lower() for sign in _NO_MEMORY):
         return OutOfMemory("The model needs more memory than there is.", metadata={"model": model.name})
     return ModelUnusable(f"The model {model.name} {model.version} does not compute.", metadata={"model": model.name})
+
+
+def _require_as_described(made: Any, count: int, model: Model) -> None:
+    """Raise ModelUnusable unless `made` is what `domain.Model` says of a model's output."""
+    shape = np.shape(made)
+    channels, side_px = (3, model.side_px * model.scale) if model.operation == "upscale" else (1, None)
+    sides = shape[2:] if side_px is None else (side_px, side_px)
+    if len(shape) != 4 or 0 in shape or shape != (count, channels, *sides):
+        fault = f"gives {shape} where {(count, channels, side_px or 'rows', side_px or 'columns')} is wanted"
+    elif not np.isfinite(made).all():
+        fault = "gives what is no number"
+    else:
+        return
+    raise ModelUnusable(
+        f"The model {model.name} {model.version} {fault}.", metadata={"model": model.name, "version": model.version}
+    )
 
 
 class Inference:

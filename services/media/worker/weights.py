@@ -21,9 +21,19 @@ def described(folder: Path | None) -> Sequence[Model]:
     if folder is None or not (folder / MANIFEST).exists():
         return ()
     try:
-        return [Model(**entry) for entry in json.loads((folder / MANIFEST).read_bytes())]
+        models = [Model(**entry) for entry in json.loads((folder / MANIFEST).read_bytes())]
+        for model in models:
+            _require_sense(model)
     except (TypeError, ValueError) as error:
         raise ModelUnusable(f"{folder / MANIFEST} is no manifest: {error}") from error
+    return models
+
+
+def _require_sense(model: Model) -> None:
+    if not (
+        0 <= 2 * model.margin_px < model.side_px and model.scale > 0 and model.item_bytes > 0 and min(model.std) > 0
+    ):
+        raise ValueError(f"{model.name}'s side_px, margin_px, scale, item_bytes or std cannot be")
 
 
 def read(folder: Path, model: Model) -> bytes:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from onnx import helper
 
 from scripts.local.layout import WEIGHTS
 from services.media.domain import ModelMissing, ModelUnusable
@@ -13,9 +14,10 @@ from services.media.operations import models
 from services.media.worker import weights
 from services.media.worker.inference import Loaded
 from services.media.worker.models import RemoteModels
-from tests.models import described, folder_with, installed, learned_upscale
+from tests.models import SIDE_PX, described, exported, folder_with, installed, learned_upscale
 
 ROOM = 4 * 1024**3
+ODD = {"Flatten": {"axis": 1}, "ReduceMean": {"keepdims": 0}}
 
 
 def test_the_installed_weights_say_whose_they_are_and_are_what_they_say():
@@ -65,6 +67,43 @@ def test_what_is_no_model_does_not_load():
 
     with pytest.raises(ModelUnusable):
         Loaded(model, content, memory_bytes=ROOM, on_cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("operation", "node", "value"),
+    [
+        ("upscale", "Conv", 1.0),  # three channels, as small as they came
+        ("upscale", "Flatten", 1.0),
+        ("remove_background", "Conv", 1.0),  # three channels
+        ("remove_background", "ReduceMean", 1.0),  # a number, of no rank
+        ("remove_background", "Conv", np.nan),
+    ],
+)
+def test_a_model_that_gives_what_is_not_said_of_it_is_told_by_its_name(operation, node, value):
+    channels = 1 if np.isnan(value) else 3
+    kernel = np.full((channels, 3, 1, 1), value, np.float32)
+    nodes = [
+        helper.make_node("Conv", ["input", "kernel"], ["output" if node == "Conv" else "made"]),
+        *([] if node == "Conv" else [helper.make_node(node, ["made"], ["output"], **ODD[node])]),
+    ]
+    content = exported(kernel, nodes, channels, SIDE_PX)
+    model, _ = described("odd", operation, content, scale=2 if operation == "upscale" else 1)
+    loaded = Loaded(model, content, memory_bytes=ROOM, on_cuda=False)
+
+    with pytest.raises(ModelUnusable) as refusal:
+        loaded.compute([np.ones(loaded.shape, np.float32)])
+
+    assert refusal.value.metadata == {"model": "odd", "version": "1"}
+
+
+@pytest.mark.parametrize(
+    "more", [{"side_px": 0}, {"margin_px": 32}, {"scale": 0}, {"item_bytes": 0}, {"std": (0, 1, 1)}]
+)
+def test_a_manifest_whose_numbers_cannot_be_is_refused_with_the_model_s_name(tmp_path, more):
+    folder = folder_with(tmp_path / "weights", described("odd", "upscale", b"", **more))
+
+    with pytest.raises(ModelUnusable, match="odd"):
+        weights.described(folder)
 
 
 def test_a_model_that_was_exported_for_one_item_takes_several_and_computes_each_as_alone():
