@@ -242,7 +242,8 @@ def _enormous() -> Iterator[tuple[str, bytes]]:
     tags = [(256, 100_000), (257, 100_000), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 1)]
     yield "tiff of 100000", b"II*\0\x08\0\0\0" + _directory(tags) + bytes(4)
     extents = avif.index(b"ispe") + 8
-    yield "avif of 65535", avif[:extents] + struct.pack(">II", 65_535, 65_535) + avif[extents + 8 :]
+    for side in (65_535, 2**30 + 60):
+        yield f"avif of {side}", avif[:extents] + struct.pack(">II", side, side) + avif[extents + 8 :]
     dot = b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\0"
     yield "gif of 5000 frames", b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes(6) + dot * 5000 + b";"
     single = saved("WEBP", Image.new("RGBA", (1, 1), (1, 2, 3, 4)), lossless=True)

@@ -37,17 +37,21 @@ WRITE: Mapping[
 WRITE = _named("write")
 
 
-# How libvips, libtiff and most of libaom say it; libjpeg and libpng; libwebp; what it is of a thread; and libaom
-# where it does not say it, of pixels that are ours and within its bounds.
+# How libvips, libtiff and most of libaom say it; libjpeg and libpng; libwebp; what it is of a thread; and libwebp and
+# libaom where they do not say it, of pixels that are ours and within their bounds.
 _NO_MEMORY = (
     "out of memory", "allocat", "insufficient memory", "picture memory error", "creating thread",
-    "encoder plugin generated an error",
+    "webpsave: unable to encode", "encoder plugin generated an error",
 )  # fmt: skip
 
 
 def is_out_of_memory(said: str) -> bool:
-    """Tell whether libvips or one of its codecs speaks of memory; of a TIFF's empty directory libtiff does too."""
-    return any(sign in said for sign in _NO_MEMORY) and "(0 elements" not in said
+    """Tell whether libvips or one of its codecs speaks of a lack of memory.
+
+    Of a TIFF's empty directory libtiff does too, and libheif of sides that no image has.
+    """
+    is_of_the_file = any(sign in said for sign in ("(0 elements", "security limit"))
+    return not is_of_the_file and any(sign in said for sign in _NO_MEMORY)
 
 
 def run(
