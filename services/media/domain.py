@@ -462,10 +462,11 @@ def canonical(operation: Work, contents: Mapping[str, str]) -> str:
     return json.dumps(_plain(operation, contents), sort_keys=True, separators=(",", ":"))
 
 
-def models_used(canonical_operation: str, models: Iterable[Model], face_detector: str, fonts: str) -> str:
-    """Return the names, versions and weights of the models that serve what stands in `canonical(operation)`.
+def resources_used(canonical_operation: str, models: Iterable[Model], face_detector: str, fonts: str) -> str:
+    """Return what the work in `canonical(operation)` takes of what differs between workers and shows in its results.
 
-    And of what else differs between workers and shows in what comes out.
+    Its models by name, version and weights, what finds faces, and the fonts; not what computes the models (ONNX
+    Runtime's version, a CUDA device): by another one a result differs in its last bits and is as right.
 
     Args:
         canonical_operation: may name several.

@@ -19,7 +19,7 @@ from mesh.broker import Broker, Delivery
 from mesh.errors import DeadlineExceeded, Internal, MeshError, Unavailable
 from mesh.together import Together
 from services.media.convert import operation_from
-from services.media.domain import Model, Work, canonical, models_used, result_name
+from services.media.domain import Model, Work, canonical, resources_used, result_name
 from services.media.peers import Storage
 from services.media.processes import ENCODER, Slot
 from services.media.worker.capacity import CPU, GPU
@@ -254,7 +254,7 @@ class Worker:
             input_file_ids=[task.input_file_id, *others],
             operation=said,
             encoder=ENCODER,
-            model=models_used(said, self._models, self._face_detector, self._fonts),
+            model=resources_used(said, self._models, self._face_detector, self._fonts),
         )
         async with self._made.taken(work, capability) as file_ids:
             if file_ids:

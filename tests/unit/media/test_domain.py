@@ -75,8 +75,8 @@ def test_the_models_of_the_operations_at_hand_are_part_of_the_work() -> None:
     )  # fmt: skip
     other = dataclasses.replace(model, operation="upscale", name="other")
 
-    assert domain.models_used(said, [model, other], "opencv 4", "fonts 1") == "net 1 aaaaaaaaaaaaaaaa"
-    assert domain.models_used(canonical(domain.Resize(width=1), {}), [model], "opencv 4", "fonts 1") == ""
+    assert domain.resources_used(said, [model, other], "opencv 4", "fonts 1") == "net 1 aaaaaaaaaaaaaaaa"
+    assert domain.resources_used(canonical(domain.Resize(width=1), {}), [model], "opencv 4", "fonts 1") == ""
 
 
 def test_what_finds_faces_is_part_of_a_crop_by_faces() -> None:
@@ -85,12 +85,12 @@ def test_what_finds_faces_is_part_of_a_crop_by_faces() -> None:
     by_attention = canonical(domain.SmartCrop(width=1, height=1), {})
     words = canonical(domain.Watermark(text=domain.Text(content='"interest":"FACES"')), {})
 
-    assert [domain.models_used(said, [], "opencv 4", "fonts 1") for said in (by_faces, by_attention, words)] == [
+    assert [domain.resources_used(said, [], "opencv 4", "fonts 1") for said in (by_faces, by_attention, words)] == [
         "opencv 4",
         "",
         "fonts 1",
     ]
-    assert domain.models_used(by_faces, [], "", "fonts 1") == ""
+    assert domain.resources_used(by_faces, [], "", "fonts 1") == ""
 
 
 def test_fonts_are_part_of_what_draws_a_text() -> None:
@@ -99,6 +99,6 @@ def test_fonts_are_part_of_what_draws_a_text() -> None:
     image = domain.Watermark(image=domain.Image(file_id='"text":{'))
 
     assert [
-        domain.models_used(canonical(work, {'"text":{': '"text":{'}), [], "opencv 4", "fonts 1")
+        domain.resources_used(canonical(work, {'"text":{': '"text":{'}), [], "opencv 4", "fonts 1")
         for work in (text, in_a_pipeline, image, domain.Resize(width=1))
     ] == ["fonts 1", "fonts 1", "", ""]
