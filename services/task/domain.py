@@ -30,9 +30,7 @@ SUPPORTED_INPUTS = (
 FORGET = "forget"  # the work that one replica does for all: the name of its lock and of its fence
 PERMITS = 32  # of a batch, or for those that wait: so many workers are woken at a time
 POOLS = ("cpu", "gpu")  # of workers, the least demanding first: what needs several goes to the last of them
-ROUNDS = (
-    100  # of a task: each of its watchers reads all that has happened to it, and cancelling and retrying costs no quota
-)
+ROUNDS = 100  # of a task: cancelling and retrying costs no quota, and a watch reads all that ever happened
 RESERVATION_AGE = timedelta(seconds=60)  # the user service gives back what is older than two minutes and has no task
 # A turn of weight 1 is as long as the largest weight, so that everybody's is a whole number; decision 0019.
 WEIGHTS = {"ROLE_USER": 1, "ROLE_VIP": 4, "ROLE_ADMIN": 4}

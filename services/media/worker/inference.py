@@ -194,9 +194,7 @@ class Inference:
             writer.write(header)
             writer.write(body)
             writer.close()
-            await (
-                writer.wait_closed()
-            )  # `drain` leaves a rest to be sent, which the end of the process would take along
+            await writer.wait_closed()  # `drain` leaves a rest to be sent, and this process may end next
         except OSError:
             writer.close()
 
