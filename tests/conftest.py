@@ -1,4 +1,4 @@
-"""Writes docs/measured.md of a whole run with the stated counts: `scripts/test --full`."""
+"""How the tests are shared out to processes, and docs/measured.md, which `scripts/test --full` writes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 FILE = os.environ.get("ATELIER_TEST_MEASURED")
 HEAD = """# Measured
@@ -23,6 +25,19 @@ What the tests of some requirements saw when they ran with their stated counts. 
 | requirement | test | measured |
 |---|---|---|
 """
+ON_ONE_MESH = ("tests/chaos/", "tests/system/")
+
+
+class ByMesh(LoadScopeScheduling):
+    """Gives each file to one process, and all that share a mesh."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return next((folder for folder in ON_ONE_MESH if file.startswith(folder)), file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByMesh:
+    return ByMesh(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -72,32 +72,36 @@ def running(
 
     `arguments` are of scripts/up.
     """
-    layout = _on_free_ports(var, replicas)
-    environment = {
-        **os.environ,
-        "ATELIER_VAR": str(var),
-        "ATELIER_PORT_BASE": str(layout.port_base),
-        "ATELIER_EDGE_PORT": str(layout.edge_port),
-        **(settings or {}),
-    }
-    mesh = Mesh(layout.edge_url, var, environment, root)
-    up = mesh.script("up", "--replicas", str(replicas), *arguments)
-    try:
-        if up.returncode != 0:
-            raise RuntimeError(up.stdout + up.stderr)
-        yield mesh
-    finally:
-        mesh.script("down", "--erase", "--yes")
+    with _on_free_ports(var, replicas) as layout:
+        environment = {
+            **os.environ,
+            "ATELIER_VAR": str(var),
+            "ATELIER_PORT_BASE": str(layout.port_base),
+            "ATELIER_EDGE_PORT": str(layout.edge_port),
+            **(settings or {}),
+        }
+        mesh = Mesh(layout.edge_url, var, environment, root)
+        up = mesh.script("up", "--replicas", str(replicas), *arguments)
+        try:
+            if up.returncode != 0:
+                raise RuntimeError(up.stdout + up.stderr)
+            yield mesh
+        finally:
+            mesh.script("down", "--erase", "--yes")
 
 
-def _on_free_ports(var: Path, replicas: int) -> Layout:
-    """Return a layout whose ports are free; below the ports that the kernel gives out by itself."""
+@contextmanager
+def _on_free_ports(var: Path, replicas: int) -> Iterator[Layout]:
+    """Hold a layout whose ports are free, and no other test's; below the ports that the kernel gives out by itself."""
     for base in random.sample(range(18_000, 32_000, SPAN + 1), k=19):
         layout = Layout(var=var, port_base=base, edge_port=base + SPAN, replicas=replicas)
-        try:
-            for port in layout.fixed_ports:
-                socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
-            continue
-        return layout
+        with socket.socket(socket.AF_UNIX) as claim:
+            try:
+                claim.bind(f"\0atelier-tests-{base}")  # a mesh takes a while until it listens
+                for port in layout.fixed_ports:
+                    socket.create_server(("127.0.0.1", port)).close()
+            except OSError:
+                continue
+            yield layout
+            return
     raise RuntimeError("no block of ports is free: stop what runs here (scripts/down)")

@@ -18,6 +18,9 @@ from scripts.local.layout import BIN, ROOT
 
 MAX_RUN_AGAIN = 10  # one mesh that does not start fails all that share it; more than that is no coincidence
 
+# Half of the time goes by in waiting for Consul. More at a time would take the processor from tests of who is quick.
+SIDE_BY_SIDE = ("--numprocesses=2", "--no-loadscope-reorder")
+
 
 def main(arguments: list[str]) -> int:
     os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
@@ -52,7 +55,7 @@ def tested(arguments: list[str]) -> int:
     then passes is named at the end, since it is a defect all the same: docs/decisions/0020-failed-once.md.
     """
     run = [sys.executable, "-m", "pytest", *arguments]
-    code = subprocess.run(run, cwd=ROOT, check=False).returncode
+    code = subprocess.run(run if arguments else [*run, *SIDE_BY_SIDE], cwd=ROOT, check=False).returncode
     failures = [] if code != pytest.ExitCode.TESTS_FAILED else failed_last()
     if not 0 < len(failures) <= MAX_RUN_AGAIN:
         return code

@@ -110,7 +110,7 @@ async def test_a_token_that_was_believed_is_refused_once_it_has_expired(verifier
         {"nbf": 4_000_000_000}, {"kid": "k2"}, {"kid": None}, {"kid": ""}, {"key": OTHER_KEY},
         {"key": None, "algorithm": "none"},
     ],
-    ids=str,
+    ids=" ".join,
 )  # fmt: skip
 def test_a_token_that_is_not_wholly_ours_is_refused(verifier: Verifier, wrong) -> None:
     with pytest.raises(TokenInvalid):
