@@ -240,7 +240,7 @@ async def face_detector() -> str:
     trying = await _begun("services.media.worker.faces", stderr=PIPE)
     _, said = await trying.communicate()
     if trying.returncode:
-        log.warning("OpenCV is installed and does not work", extra={"said": said.decode(errors="replace")[-1000:]})
+        log.warning("OpenCV is installed and does not work", extra={"failure": said.decode(errors="replace")[-1000:]})
         return ""
     return " ".join(f"{each} {metadata.version(each)}" for each in packages)
 
