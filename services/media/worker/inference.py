@@ -30,7 +30,7 @@ from services.media.worker.batches import Batches
 from services.media.worker.confined import confine
 from services.media.worker.models import LENGTH, MAX_HEADER_BYTES, body_bytes, packed
 
-ITEMS_PER_PROCESS = 500  # then a fresh one: with u2netp it grows by a third of a MiB an item
+ITEMS_PER_PROCESS = 500  # then a fresh one: whatever libraries leak is bounded
 MAX_ITEMS = 64  # of one request
 _NO_MEMORY = ("alloc", "out of memory", "cuda error 2", "cublas_status_alloc_failed")  # as ONNX Runtime and CUDA put it
 
