@@ -224,8 +224,8 @@ class Files(Protocol):
     async def usage(self, user_id: str) -> Usage:
         """Return what a user keeps."""
 
-    async def delete(self, user_id: str, file_id: str) -> File:
-        """Take a file away. Raises FileNotFound."""
+    async def delete(self, user_id: str, file_id: str, request_id: str) -> File | None:
+        """Take a file away and return it; None when this very request has done so before. Raises FileNotFound."""
 
     async def results(self, task_id: str, attempt: int) -> Sequence[File]:
         """Return the files that an attempt wrote, ready or not."""

@@ -60,7 +60,7 @@ class StorageService(storage_pb2_grpc.StorageServiceServicer):
         )
 
     async def DeleteFile(self, request: pb.DeleteFileRequest, _: object) -> pb.DeleteFileResponse:
-        await self._keeping.delete(context.user().user_id, request.file_id)
+        await self._keeping.delete(context.user().user_id, request.file_id, context.request_id())
         return pb.DeleteFileResponse()
 
     async def GetUsage(self, _request: pb.GetUsageRequest, _: object) -> pb.Usage:

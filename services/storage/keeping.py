@@ -127,9 +127,15 @@ class Keeping:
         crash.point("take: finished")
         return kept
 
-    async def delete(self, user_id: str, file_id: str) -> None:
-        """Take a file away. Raises FileNotFound."""
-        await self._clear(await self._files.delete(user_id, file_id))
+    async def delete(self, user_id: str, file_id: str, request_id: str) -> None:
+        """Take a file away, unless this very request has done so: the mesh repeats one whose answer was lost.
+
+        Raises:
+            FileNotFound: there is none of this user.
+        """
+        taken = await self._files.delete(user_id, file_id, request_id)
+        if taken is not None:
+            await self._clear(taken)
 
     async def usable(self, user_id: str, file_id: str) -> File:
         """Return a file that work may be based on: an upload, or a result that its task took.

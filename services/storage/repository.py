@@ -157,10 +157,21 @@ class SqlFiles:
             count, size = (await connection.execute(total.where(file.c.user_id == user_id, file.c.ready))).one()
         return Usage(file_count=count, size_bytes=int(size))
 
-    async def delete(self, user_id: str, file_id: str) -> File:
+    async def delete(self, user_id: str, file_id: str, request_id: str) -> File | None:
+        key = f"{request_id}/{file_id}"
         async with self._database.transaction() as connection:
-            taken = await _take_away(connection, _visible(user_id, file_id))
-        return _required(taken, file_id)
+            _, first = await idempotency.adopt(
+                connection,
+                idempotency_table,
+                caller=user_id,
+                method="DeleteFile",
+                key=key,
+                fingerprint=b"",
+                new_id=key,
+            )
+            if not first:
+                return None
+            return _required(await _take_away(connection, _visible(user_id, file_id)), file_id)
 
     async def results(self, task_id: str, attempt: int) -> Sequence[File]:
         rows = select(file).where(_of_attempt(task_id, attempt)).order_by(file.c.result_index)

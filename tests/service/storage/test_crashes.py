@@ -111,7 +111,7 @@ async def test_an_upload_that_crashed_anywhere_is_finished_by_its_repetition(wor
 async def test_a_delete_that_crashes_anywhere_is_tidied_up(world, at):
     kept = await keep(world.keeping, world, upload())
     with pytest.raises(Crash):
-        await crashing(world, at).delete("usr_ann", kept.file_id)
+        await crashing(world, at).delete("usr_ann", kept.file_id, "req_1")
 
     await tidied(world)
 
@@ -121,7 +121,7 @@ async def test_a_delete_that_crashes_anywhere_is_tidied_up(world, at):
 async def test_the_last_step_of_a_delete_is_known(world):
     kept = await keep(world.keeping, world, upload())
 
-    await crashing(world, 8).delete("usr_ann", kept.file_id)
+    await crashing(world, 8).delete("usr_ann", kept.file_id, "req_1")
 
     assert (await world.rows(), world.contents(), world.users.used) == ({}, set(), {})
 
@@ -160,7 +160,7 @@ async def test_deletes_and_uploads_of_the_same_bytes_at_once_never_lose_a_live_f
         doomed = await keep(world.keeping, world, upload())
         for _ in range(30):
             _, kept = await asyncio.gather(
-                world.keeping.delete("usr_ann", doomed.file_id), keep(replica, world, upload())
+                world.keeping.delete("usr_ann", doomed.file_id, "req_1"), keep(replica, world, upload())
             )
             read = await world.blobs.read(SHA256, 0, len(BODY))
             assert b"".join([chunk async for chunk in read]) == BODY
@@ -260,7 +260,7 @@ async def test_of_many_who_delete_a_file_at_once_one_does(world):
     kept = await keep(world.keeping, world, upload())
 
     outcomes = await asyncio.gather(
-        *(world.files.delete("usr_ann", kept.file_id) for _ in range(10)), return_exceptions=True
+        *(world.files.delete("usr_ann", kept.file_id, f"req_{n}") for n in range(10)), return_exceptions=True
     )
 
     assert [type(outcome) for outcome in outcomes if not isinstance(outcome, FileNotFound)] == [File]

@@ -4,6 +4,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from atelier.storage.v1 import storage_pb2
+from atelier.storage.v1.storage_pb2_grpc import StorageServiceStub
 
 from mesh.errors import InvalidArgument, NotFound, PermissionDenied, Unimplemented
 from tests import mesh_server
@@ -228,6 +229,23 @@ async def test_what_the_browser_has_is_not_sent_again(world):
 
     assert (content.status_code, content.content) == (304, b"")
     assert content.headers["etag"] == f'"{stored["sha256"]}"'
+
+
+async def test_a_delete_that_the_mesh_repeats_has_succeeded_and_another_one_finds_nothing(world):
+    file_id = (await world.upload(b"hello")).json()["fileId"]
+
+    async def delete(request_id: str) -> None:
+        channel = world.server.channel("usr_ann", metadata={"x-request-id": request_id})
+        await StorageServiceStub(channel).DeleteFile(storage_pb2.DeleteFileRequest(file_id=file_id))
+
+    await delete("req_1")
+    await delete("req_1")
+    with pytest.raises(NotFound) as refusal:
+        await delete("req_2")
+    with pytest.raises(NotFound):  # what was refused is no success either
+        await delete("req_2")
+
+    assert refusal.value.reason == "FILE_NOT_FOUND"
 
 
 async def test_another_users_file_is_not_found(world):

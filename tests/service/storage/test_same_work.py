@@ -309,7 +309,7 @@ async def test_a_taken_file_whose_source_goes_before_it_is_settled_keeps_its_byt
 
     class Meanwhile(Crashing):
         async def charge(self, *arguments):
-            await world.keeping.delete("usr_ann", source.file_id)
+            await world.keeping.delete("usr_ann", source.file_id, "req_1")
             await world.quota.charge(*arguments)
 
     slow = Keeping(world.files, world.blobs, Meanwhile(world.quota, count(), -1), world.judge)

@@ -155,7 +155,8 @@ class StorageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteFile(self, request, context):
-        """Deletes a file and gives its quota back. Deleting a missing one is FILE_NOT_FOUND.
+        """Deletes a file and gives its quota back. Deleting a missing one is FILE_NOT_FOUND; the same request that comes again,
+        since its answer was lost, succeeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

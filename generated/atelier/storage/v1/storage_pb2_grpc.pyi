@@ -55,7 +55,9 @@ class StorageServiceStub:
     Fails with FILE_NOT_FOUND.
     """
     DeleteFile: _grpc.UnaryUnaryMultiCallable[_storage_pb2.DeleteFileRequest, _storage_pb2.DeleteFileResponse]
-    """Deletes a file and gives its quota back. Deleting a missing one is FILE_NOT_FOUND."""
+    """Deletes a file and gives its quota back. Deleting a missing one is FILE_NOT_FOUND; the same request that comes again,
+    since its answer was lost, succeeds.
+    """
     GetUsage: _grpc.UnaryUnaryMultiCallable[_storage_pb2.GetUsageRequest, _storage_pb2.Usage]
     """How many files one has and how many bytes they take."""
     StatFile: _grpc.UnaryUnaryMultiCallable[_storage_pb2.StatFileRequest, _storage_pb2.File]
@@ -112,7 +114,9 @@ class StorageServiceAsyncStub(StorageServiceStub):
     Fails with FILE_NOT_FOUND.
     """
     DeleteFile: _aio.UnaryUnaryMultiCallable[_storage_pb2.DeleteFileRequest, _storage_pb2.DeleteFileResponse]  # type: ignore[assignment]
-    """Deletes a file and gives its quota back. Deleting a missing one is FILE_NOT_FOUND."""
+    """Deletes a file and gives its quota back. Deleting a missing one is FILE_NOT_FOUND; the same request that comes again,
+    since its answer was lost, succeeds.
+    """
     GetUsage: _aio.UnaryUnaryMultiCallable[_storage_pb2.GetUsageRequest, _storage_pb2.Usage]  # type: ignore[assignment]
     """How many files one has and how many bytes they take."""
     StatFile: _aio.UnaryUnaryMultiCallable[_storage_pb2.StatFileRequest, _storage_pb2.File]  # type: ignore[assignment]
@@ -202,7 +206,9 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _storage_pb2.DeleteFileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_storage_pb2.DeleteFileResponse, _abc.Awaitable[_storage_pb2.DeleteFileResponse]]:
-        """Deletes a file and gives its quota back. Deleting a missing one is FILE_NOT_FOUND."""
+        """Deletes a file and gives its quota back. Deleting a missing one is FILE_NOT_FOUND; the same request that comes again,
+        since its answer was lost, succeeds.
+        """
 
     @_abc_1.abstractmethod
     def GetUsage(
