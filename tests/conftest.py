@@ -40,10 +40,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByMesh:
     return ByMesh(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(ON_ONE_MESH))  # the longest first: both end together
-
-
 def pytest_configure(config: pytest.Config) -> None:
     if FILE and not config.getoption("lf"):  # the first run has said it of those that are run again, too
         config.pluginmanager.register(Measured(Path(FILE)))
