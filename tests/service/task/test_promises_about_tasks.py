@@ -33,7 +33,6 @@ from tests.eventually import eventually
 from tests.service.task.conftest import OWNER, PHOTO, Replica, Start, refused
 
 CLOCK = SystemClock()
-Record = Callable[[str, object], None]
 KILLS = int(os.environ.get("ATELIER_TEST_KILLS", "20"))
 MANY = 1000
 
@@ -92,7 +91,7 @@ async def background(*works: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIt
 
 @pytest.mark.parametrize("left", [1, MANY])
 async def test_fifty_calls_with_one_key_are_one_task_also_with_quota_for_one(
-    start: Start, quotas: SqlQuotas, left: int, record_property: Record
+    start: Start, quotas: SqlQuotas, left: int, record_property: Callable[[str, object], None]
 ):
     """R-24."""
     replicas = [await start(), await start()]
@@ -138,7 +137,7 @@ class Thrice:
 
 
 async def test_messages_that_are_each_delivered_three_times_have_the_effect_of_one(
-    replica: Replica, quotas: SqlQuotas, bus: Broker, record_property: Record
+    replica: Replica, quotas: SqlQuotas, bus: Broker, record_property: Callable[[str, object], None]
 ):
     """R-01."""
     workers = [Worker(replica), Worker(replica)]
@@ -204,7 +203,7 @@ for _ in range(int(sys.argv[2])):
 
 
 async def test_what_was_committed_before_its_process_was_killed_reaches_a_worker(
-    replica: Replica, url: str, bus: Broker, record_property: Record
+    replica: Replica, url: str, bus: Broker, record_property: Callable[[str, object], None]
 ):
     """R-02."""
     dying = await asyncio.create_subprocess_exec(
@@ -223,7 +222,7 @@ async def test_what_was_committed_before_its_process_was_killed_reaches_a_worker
 
 @on_sqlite  # what is claimed by whom is of both, and elsewhere; this is of the broker, and takes its time
 async def test_a_thousand_queued_tasks_outlive_the_broker_and_their_workers(
-    start: Start, quotas: SqlQuotas, node: rabbitmq.Node, bus: Broker, record_property: Record
+    start: Start, quotas: SqlQuotas, node: rabbitmq.Node, bus: Broker, record_property: Callable[[str, object], None]
 ):
     """R-27."""
     terms = Terms(lease=timedelta(seconds=2), slack=timedelta(0), attempts=20, backoff=timedelta(milliseconds=50))

@@ -29,7 +29,7 @@ async def test_pages_are_complete_in_order_and_end(replica: Replica):
     assert token == ""
 
 
-async def test_events_come_in_pages_since_an_owner_can_make_any_number_of_them(replica: Replica):
+async def test_events_come_in_pages(replica: Replica):
     task = await replica.create()
     for _ in range(30):
         await replica.user().CancelTask(pb.CancelTaskRequest(task_id=task.task_id))
