@@ -26,6 +26,7 @@ def command(bin_folder: str, data: Path, port: int, **settings: str) -> tuple[st
         "port": str(port),
         "unix_socket_directories": "",
         "max_connections": str(CONNECTIONS),
+        "dynamic_shared_memory_type": "mmap",  # in its folder: what a kill leaves goes with that, not never
         **settings,
     }
     options = [part for name, value in told.items() for part in ("-c", f"{name}={value}")]
