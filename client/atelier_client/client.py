@@ -6,8 +6,8 @@ import asyncio
 import io
 import mimetypes
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -52,9 +52,10 @@ from atelier_client.files import written
 from atelier_client.server import Server
 from atelier_client.transfer import OnBytes, downloaded, uploaded
 
-CALL_SECONDS = 30.0  # of one call; the server's own deadlines, in the contract, are shorter
+CALL_SECONDS = 65.0  # of one call; the server's own deadlines, in the contract, are shorter
+REFRESH_SECONDS = 15.0  # of the call that refreshes a session, while other commands wait for it (LOCK_SECONDS)
 WATCH_SECONDS = 3600.0  # the contract's longest watch; then it is resumed
-REFRESH_EARLY = timedelta(seconds=30)  # a token must outlive the call that it is sent with
+REFRESH_EARLY = timedelta(seconds=70)  # a token must outlive the call that it is sent with
 CANCEL_SECONDS = 10.0  # how long someone who gives up waits for the server to hear of it
 EVENTS_AT_ONCE = 200  # the contract's most: all are wanted
 BATCH_SECONDS = 1.0  # between two looks at a batch
@@ -209,10 +210,14 @@ class Atelier:
             content_type: None means what the name's extension says; the server compares it with the bytes.
             request_id: repeated with the same one, the call answers the first one's file.
             on_bytes: called with bytes sent and bytes in all.
+
+        Raises:
+            AtelierError: also when the source is a pipe, or its name not in UTF-8.
         """
         if isinstance(source, bytes) and name is None:
             raise ValueError("bytes need a name")
         name = name or Path(str(source)).name
+        _require_utf8(name)
         guessed = _MORE_TYPES.get(Path(name).suffix.lower()) or mimetypes.guess_type(name)[0]
         headers = {
             "content-type": content_type or guessed or "application/octet-stream",
@@ -363,7 +368,7 @@ class Atelier:
         """Yield the batch now and whenever it has changed, until all its tasks have ended. Asks once a second."""
         seen = None
         while True:
-            batch = await _patiently(lambda: self.task_batch(batch_id))
+            batch = await patiently(lambda: self.task_batch(batch_id))
             if batch != seen:
                 yield batch
                 seen = batch
@@ -437,7 +442,7 @@ class Atelier:
         file = source if isinstance(source, File) else await self._sent(source, name, on_progress)
         request_id = secrets.token_hex(16)
         creating = asyncio.ensure_future(
-            _patiently(lambda: self.create_task(file.file_id, operation, request_id=request_id, deadline=deadline))
+            patiently(lambda: self.create_task(file.file_id, operation, request_id=request_id, deadline=deadline))
         )
         try:
             # Shielded: a task whose creation is broken off here may still be created there.
@@ -452,7 +457,7 @@ class Atelier:
             raise
         if task.state != Task.STATE_SUCCEEDED:
             raise TaskNotDone(task)
-        return Result(task, [await _patiently(partial(self.file, file_id)) for file_id in task.output_file_ids])
+        return Result(task, [await patiently(partial(self.file, file_id)) for file_id in task.output_file_ids])
 
     async def run_batch(
         self,
@@ -473,7 +478,7 @@ class Atelier:
         """
         asked, request_id = [(file.file_id, operation) for file, operation in items], secrets.token_hex(16)
         creating = asyncio.ensure_future(
-            _patiently(lambda: self.create_task_batch(asked, request_id=request_id, deadline=deadline))
+            patiently(lambda: self.create_task_batch(asked, request_id=request_id, deadline=deadline))
         )
         try:
             batch_id = (await asyncio.shield(creating)).batch_id  # see `run`
@@ -495,7 +500,7 @@ class Atelier:
 
         on_progress(Progress("sending", 0.0))
         request_id = secrets.token_hex(16)
-        return await _patiently(lambda: self.upload(source, name=name, request_id=request_id, on_bytes=on_bytes))
+        return await patiently(lambda: self.upload(source, name=name, request_id=request_id, on_bytes=on_bytes))
 
     # Webhooks
 
@@ -607,10 +612,15 @@ class Atelier:
     # How calls are made
 
     async def _call(
-        self, rpc: grpc.aio.UnaryUnaryMultiCallable[Any, Answer], request: Message, *, token: str
+        self,
+        rpc: grpc.aio.UnaryUnaryMultiCallable[Any, Answer],
+        request: Message,
+        *,
+        token: str,
+        seconds: float = CALL_SECONDS,
     ) -> Answer:
         try:
-            return await rpc(request, timeout=CALL_SECONDS, metadata=_bearer(token) if token else None)
+            return await rpc(request, timeout=seconds, metadata=_bearer(token) if token else None)
         except grpc.aio.AioRpcError as failure:
             raise from_call(failure, self.server.url) from failure
 
@@ -653,7 +663,7 @@ class Atelier:
     async def _refreshed(self, session: Session) -> Session:
         request = auth_pb2.RefreshTokensRequest(refresh_token=session.refresh_token)
         try:
-            tokens = await self._call(self._auth.RefreshTokens, request, token="")
+            tokens = await self._call(self._auth.RefreshTokens, request, token="", seconds=REFRESH_SECONDS)
         except Unauthenticated as error:
             self._credentials.write(None)
             text = f"Your session at {self.server.url} has ended."
@@ -687,7 +697,7 @@ class _Patience:
         self._pause_seconds = min(2.0, 2 * self._pause_seconds)
 
 
-async def _patiently(attempt: Callable[[], Awaitable[T]]) -> T:
+async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
     """Try again while a service behind the edge is away; a server that is not there at all is told at once."""
     patience = _Patience(RUN_PATIENCE_SECONDS)
     while True:
@@ -707,8 +717,21 @@ def _bearer(token: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {token}"),)
 
 
-def _opened(source: Path | str | bytes) -> BinaryIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+@contextmanager
+def _opened(source: Path | str | bytes) -> Iterator[BinaryIO]:
+    with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
+        if not file.seekable():  # its length is told before it, and it may be sent twice
+            text = f"{source!s} is no regular file; keep what it gives in one first."
+            raise AtelierError(text, reason="FILE_UNUSABLE")
+        yield file
+
+
+def _require_utf8(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        text = f"The name {name!r} is not in UTF-8; give the file another one."
+        raise AtelierError(text, reason="FILE_NAME_INVALID") from error
 
 
 def _sink(to: Path | str | BinaryIO) -> AbstractContextManager[BinaryIO]:

@@ -356,9 +356,15 @@ def _ended(shell: Shell, error: AtelierError) -> int:
 
 
 def _explained(error: Exception) -> AtelierError:
-    if isinstance(error, OSError) and error.filename:
-        return AtelierError(f"{error.filename}: {error.strerror}.", reason="FILE_UNUSABLE")
-    return AtelierError(f"Something unexpected: {error!r}. ATELIER_DEBUG=1 shows where.", reason="UNEXPECTED")
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        explained = AtelierError(f"{where}{error.strerror}.", reason="FILE_UNUSABLE")
+    else:
+        text = f"Something unexpected: {error!r}. ATELIER_DEBUG=1 shows where."
+        explained = AtelierError(text, reason="UNEXPECTED")
+    for note in getattr(error, "__notes__", ()):
+        explained.add_note(note)
+    return explained
 
 
 if __name__ == "__main__":

@@ -18,12 +18,14 @@ def written(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
         path: a symbolic link is followed; what is no regular file, e.g. /dev/null, is written as it is.
         mode: permissions of a new file, less the umask.
     """
-    path = path.resolve()
-    if path.exists() and not path.is_file():
+    if (
+        path.exists() and not path.is_file()
+    ):  # before links are followed: /dev/stdout may lead to a pipe, which has no path
         with path.open("wb") as file:
             yield file
         return
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    path = path.resolve()
+    beside = path.with_name(f".{secrets.token_hex(8)}.part")  # whatever the name's length
     try:
         with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
             yield file

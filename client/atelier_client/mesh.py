@@ -9,16 +9,17 @@ from collections.abc import Iterable, Iterator
 import click
 from atelier.mesh.v1.topology_pb2 import Client, GetTopologyResponse, Instance, Service
 from google.protobuf.timestamp_pb2 import Timestamp
-from rich.console import Group, RenderableType
+from rich.console import Group as Rows
+from rich.console import RenderableType
 
 from atelier_client.client import Atelier
 from atelier_client.errors import NotFound
-from atelier_client.shell import Shell, connected, document, table
+from atelier_client.shell import Group, Shell, connected, document, table
 
 ENDPOINTS = "ClusterLoadAssignment"
 
 
-@click.group()
+@click.group(cls=Group)
 def mesh() -> None:
     """Look at the mesh: what runs, what is why, what is set. For administrators."""
 
@@ -50,7 +51,7 @@ async def status(shell: Shell, atelier: Atelier) -> None:
             ", ".join(f"{each.callee} ({len(each.methods)})" for each in own if not each.denied),
             ", ".join(each.callee for each in own if each.denied),
         )
-    shell.answer(document(found), Group(instances, "", clients, "", calls, *_remarks(found)))
+    shell.answer(document(found), Rows(instances, "", clients, "", calls, *_remarks(found)))
 
 
 @mesh.command()
@@ -76,7 +77,7 @@ async def why(shell: Shell, atelier: Atelier, service: str) -> None:
             permission.caller, permission.callee, ", ".join(name.rpartition("/")[2] for name in permission.methods),
             "denied by an intention" if permission.denied else "",
         )  # fmt: skip
-    shell.answer(document(found), Group(endpoints, "", heard, "", calls, *_remarks(found)))
+    shell.answer(document(found), Rows(endpoints, "", heard, "", calls, *_remarks(found)))
 
 
 @mesh.command()
@@ -85,7 +86,7 @@ async def why(shell: Shell, atelier: Atelier, service: str) -> None:
 async def config(shell: Shell, atelier: Atelier, service: str) -> None:
     """Show which settings are in force that may change while services run, and what was refused.
 
-    They are set in Consul: consul kv put config/SERVICE '{"log_level": "DEBUG"}'
+    They are set in Consul (docs/operating.md): consul kv put config/SERVICE '{"log_level": "DEBUG"}'
     """
     found = await _of(atelier, service) if service else await atelier.topology()
     rows = table("instance", "setting", "value", "refused")
@@ -99,7 +100,7 @@ async def config(shell: Shell, atelier: Atelier, service: str) -> None:
         for setting, value in settings.items():
             rows.add_row(name, setting, json.dumps(value), refusal)
             name, refusal = "", ""
-    shell.answer({"instances": answer}, Group(rows, *_remarks(found)))
+    shell.answer({"instances": answer}, Rows(rows, *_remarks(found)))
 
 
 async def _of(atelier: Atelier, service: str) -> GetTopologyResponse:

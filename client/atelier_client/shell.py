@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -38,7 +39,7 @@ _NEXT = {
     "EMAIL_TAKEN": "Do you have an account? atelier login",
     "FILE_NOT_FOUND": "atelier files lists yours.",
     "NOT_SIGNED_IN": "Sign in: atelier login, or make an account: atelier register",
-    "QUOTA_EXCEEDED": "atelier quota shows what is used; atelier files delete ID makes room.",
+    "QUOTA_EXCEEDED": "atelier quota shows what is used.",
     "ROLE_REQUIRED": "An administrator can give you the role: atelier admin set-role USER_ID --role admin",
     "SERVER_UNREACHABLE": "atelier doctor finds out why; --server or ATELIER_SERVER names another one.",
     "TASK_ENDED": "atelier tasks show ID tells how.",
@@ -55,7 +56,7 @@ _NEXT = {
 class Shell:
     """What the global options say, and where answers go."""
 
-    url: str = DEFAULT_SERVER
+    url: str = field(default_factory=lambda: os.environ.get("ATELIER_SERVER") or DEFAULT_SERVER)
     json: bool = False
     # A table's row is as long as it is: a terminal wraps it, but an id that was cut short is good for nothing.
     out: Console = field(default_factory=lambda: Console(file=sys.stdout, width=_UNBOUNDED, highlight=False))
@@ -88,18 +89,23 @@ class Shell:
             self.err.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def complain(self, error: AtelierError) -> None:
+        notes = getattr(error, "__notes__", [])
         if self.json:
-            click.echo(json.dumps(error.to_json(), ensure_ascii=False), err=True)
+            found = error.to_json() | ({"notes": notes} if notes else {})
+            click.echo(json.dumps(found, ensure_ascii=False), err=True)
             return
         request = (
             f"; request {error.request_id}" if error.code in ("INTERNAL", "UNAVAILABLE") and error.request_id else ""
         )
         self.say(f"atelier: {error.message} ({error.reason}{request})")
         hint = _NEXT["NOT_SIGNED_IN"] if isinstance(error, NotSignedIn) else _NEXT.get(error.reason)
+        if error.metadata.get("metric") == "storage_bytes":
+            hint = f"{hint} atelier files delete ID makes room."
         if hint is None and error.retry_after_seconds:
             hint = f"Try again in {error.retry_after_seconds:.0f} s."
-        if hint:
-            self.say(hint)
+        for line in (hint, *notes):
+            if line:
+                self.say(line)
 
 
 class Interrupted(AtelierError):
@@ -162,7 +168,6 @@ def global_options() -> list[click.Parameter]:
         click.Option(
             ["--server", "url"],
             metavar="URL",
-            envvar="ATELIER_SERVER",
             expose_value=False,
             callback=keep,
             is_eager=True,

@@ -11,7 +11,7 @@ from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import BinaryIO, TypeVar
 
-from atelier_client.errors import Unreachable, from_response
+from atelier_client.errors import AtelierError, Unreachable, from_response
 from atelier_client.server import USER_AGENT, Server
 
 CHUNK_BYTES = 256 * 1024
@@ -56,7 +56,8 @@ async def downloaded(server: Server, target: str, headers: Mapping[str, str], si
     """Write the body of `target` to `sink`, and return its length, bytes.
 
     Raises:
-        AtelierError: what the server refused with, or Unreachable, also when the body breaks off.
+        AtelierError: what the server refused with, or Unreachable, also when the body breaks off; or that nobody
+            reads `sink`.
     """
     tell = _in_loop(on_bytes)
 
@@ -66,7 +67,7 @@ async def downloaded(server: Server, target: str, headers: Mapping[str, str], si
         size_bytes = int(response.headers.get("content-length") or 0)
         received = 0
         while chunk := response.read(CHUNK_BYTES):
-            sink.write(chunk)
+            _write(sink, chunk)
             received += len(chunk)
             tell(received, size_bytes)
         if received < size_bytes:  # http.client does not say so when it reads in pieces
@@ -74,6 +75,13 @@ async def downloaded(server: Server, target: str, headers: Mapping[str, str], si
         return received
 
     return await _in_thread(server, run)
+
+
+def _write(sink: BinaryIO, chunk: bytes) -> None:
+    try:
+        sink.write(chunk)
+    except BrokenPipeError as error:  # not the server's connection
+        raise AtelierError("Whoever was to read the result went away.", reason="OUTPUT_CLOSED") from error
 
 
 def _accepted(response: HTTPResponse) -> HTTPResponse:

@@ -32,7 +32,7 @@ async def show(shell: Shell, atelier: Atelier) -> None:
 @webhook.command()
 @connected
 async def delete(shell: Shell, atelier: Atelier) -> None:
-    """Forget the URL; what is still owed to it is given up."""
+    """Forget the URL; what is still owed to it is given up, unless another is set before its next try."""
     await atelier.delete_webhook()
     shell.answer({"deleted": True}, "No URL hears of your tasks any more, but for those that name their own.")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import shutil
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,9 +24,9 @@ from google.protobuf.descriptor import FieldDescriptor
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from atelier_client import client, operations
-from atelier_client.client import Atelier
+from atelier_client.client import Atelier, patiently
 from atelier_client.comments import installed as comments
-from atelier_client.errors import TaskNotDone, TasksNotDone
+from atelier_client.errors import AtelierError, TaskNotDone, TasksNotDone
 from atelier_client.shell import (
     FAILED,
     Command,
@@ -122,6 +124,7 @@ def _runner(kind: FieldDescriptor) -> click.Command:
         for path in inputs:
             _require_source(path)
         operation = _built(kind, values, named)  # before anything is sent: it refuses what is incomplete
+        _require_one_place(output, operation)
         written_to = None if detach else output
         _require_no_input(inputs, _places(written_to, sources, operation))
         with Steps(shell) as steps:
@@ -216,19 +219,20 @@ async def _many(
 
     done, failed, lines = [], [], []
     try:
-        for file, task in zip(
-            files, await atelier.run_batch(items, deadline=deadline, on_progress=on_progress), strict=True
-        ):
-            if task.state != Task.STATE_SUCCEEDED:
-                failed.append(document(task))
-                lines.append(f"{file.name}: {TaskNotDone(task).message}")
-                continue
-            results = [await atelier.file(file_id) for file_id in task.output_file_ids]
-            paths = _paths(str(Path(folder) / f"{Path(file.name).stem}{Path(results[0].name).suffix}"), results)
-            for result, path in zip(results, paths, strict=True):
-                written = await _fetched(atelier, result, path, steps)
-                done.append({"task": document(task), "output": path, "file": document(result)})
-                lines.append(f"{path}: {size(written)}")
+        with _told_where(lambda: f"atelier tasks --batch {batch.batch_id}" if batch.batch_id else ""):
+            for file, task in zip(
+                files, await atelier.run_batch(items, deadline=deadline, on_progress=on_progress), strict=True
+            ):
+                if task.state != Task.STATE_SUCCEEDED:
+                    failed.append(document(task))
+                    lines.append(f"{file.name}: {TaskNotDone(task).message}")
+                    continue
+                results = [await patiently(partial(atelier.file, file_id)) for file_id in task.output_file_ids]
+                paths = _paths(str(Path(folder) / f"{Path(file.name).stem}{Path(results[0].name).suffix}"), results)
+                for result, path in zip(results, paths, strict=True):
+                    written = await _fetched(atelier, result, path, steps)
+                    done.append({"task": document(task), "output": path, "file": document(result)})
+                    lines.append(f"{path}: {size(written)}")
     except asyncio.CancelledError as interruption:
         text = (
             f"Interrupted; what was left of the batch {batch.batch_id} is cancelled."
@@ -285,12 +289,24 @@ async def _finished(
         steps.show_task(task)
 
     try:
-        result = await atelier.run(file, operation, deadline=deadline, on_progress=on_progress)
-        paths = _paths(output, result.files)
-        sizes = [await _fetched(atelier, *each, steps) for each in zip(result.files, paths, strict=True)]
+        with _told_where(lambda: f"atelier tasks show {task.task_id}" if task.task_id else ""):
+            result = await atelier.run(file, operation, deadline=deadline, on_progress=on_progress)
+            paths = _paths(output, result.files)
+            sizes = [await _fetched(atelier, *each, steps) for each in zip(result.files, paths, strict=True)]
     except asyncio.CancelledError as interruption:
         raise _interrupted(task) from interruption
     return result, paths, sizes
+
+
+@contextmanager
+def _told_where(command: Callable[[], str]) -> Iterator[None]:
+    """Have a failure say, too, what shows the work that it broke off: it may be done, or go on."""
+    try:
+        yield
+    except (AtelierError, OSError) as error:
+        if shown_by := command():
+            error.add_note(f"What became of the work: {shown_by}")
+        raise
 
 
 def _paths(output: str, files: Sequence[File]) -> list[str]:
@@ -336,6 +352,12 @@ def _require_output(output: str | None, detach: bool) -> None:
         raise click.UsageError(f"There is no folder {Path(output).absolute().parent}.")
     elif Path(output).is_dir():
         raise click.UsageError(f"{output} is a folder; name a file in it.")
+
+
+def _require_one_place(output: str | None, operation: Operation) -> None:
+    """Refuse several results on standard output, where they can be counted before all the work."""
+    if output == STANDARD and (count := len(list(operations.several(operation)))) > 1:
+        raise click.UsageError(f"There will be {count} results, and standard output takes one: name a file with -o.")
 
 
 def _require_folder(sources: Sequence[str], output: str | None, detach: bool) -> None:
@@ -401,14 +423,18 @@ def _require_source(source: str) -> None:
 async def _on_server(atelier: Atelier, source: str, steps: Steps) -> File:
     """Return the server's file of that id, or send the one of that path."""
     if _is_id(source):
-        return await atelier.file(source)
-    step = f"sending {Path(source).name}"
+        return await patiently(partial(atelier.file, source))
+    step, request_id = f"sending {Path(source).name}", secrets.token_hex(16)  # sent twice, it is one file
     steps.show(step, 0.0)
-    return await atelier.upload(source, on_bytes=lambda done, total: steps.show(step, done / total if total else None))
+
+    def on_bytes(done: int, total: int) -> None:
+        steps.show(step, done / total if total else None)
+
+    return await patiently(lambda: atelier.upload(source, request_id=request_id, on_bytes=on_bytes))
 
 
 async def _fetched(atelier: Atelier, file: File, output: str, steps: Steps) -> int:
-    return await _written(partial(atelier.download, file.file_id), output, steps)
+    return await patiently(lambda: _written(partial(atelier.download, file.file_id), output, steps))
 
 
 async def _written(fetched: Callable[..., Awaitable[int]], output: str, steps: Steps) -> int:

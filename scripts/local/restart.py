@@ -13,7 +13,7 @@ from scripts.local.layout import Layout, Process, processes
 from scripts.local.programs import CannotStart, Supervisor
 from scripts.local.up import batches, wait, wait_until_passing, wait_until_ready
 
-NOT_OURS = ("epmd", "consul", "rabbitmq")  # there is one of each: restarted only when asked for
+NOT_OURS = ("epmd", "consul", "rabbitmq", "postgresql")  # there is one of each: restarted only when asked for
 EDGE = "envoy"
 
 

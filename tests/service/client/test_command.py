@@ -274,7 +274,7 @@ async def test_several_results_are_numbered_beside_each_other(person: Person, in
     assert (code, out.decode()) == (0, "".join(f"small-{n}.webp: {len(RESULT)} B\n" for n in (1, 2))), err
     assert [(person.folder / f"small-{n}.webp").read_bytes() for n in (1, 2)] == [RESULT, RESULT]
     assert [each.width for each in installation.tasks["tsk_1"].operation.thumbnails.sizes] == [8, 9]
-    assert (refused, "There are 2 results" in complaint) == (2, True)
+    assert (refused, "There will be 2 results" in complaint, len(installation.tasks)) == (2, True, 1)
 
 
 async def test_an_extension_says_the_format_of_each_of_several_results_that_has_none(
@@ -321,6 +321,57 @@ async def test_a_result_goes_to_standard_output_untouched(person: Person) -> Non
     code, out, _ = await person.types("run", "convert", "photo.jpg", "--format", "avif", "-o", "-")
 
     assert (code, out) == (0, RESULT)
+
+
+async def test_a_result_goes_to_a_pipe_by_its_name_and_to_a_file_with_the_longest_one(person: Person) -> None:
+    photo(person)
+    await person.registers()
+    name = f"{'画' * 83}.webp"  # 254 bytes of the 255 that a file's name may have
+
+    _, piped, err = await person.types("run", "convert", "photo.jpg", "--format", "webp", "-o", "/dev/stdout")
+    code, _, _ = await person.types("run", "resize", "photo.jpg", "--width", "8", "-o", name)
+
+    assert piped.startswith(RESULT), err
+    assert (code, (person.folder / name).read_bytes()) == (0, RESULT)
+
+
+async def test_a_run_bears_a_storage_that_is_away_for_a_moment(person: Person, installation: Installation) -> None:
+    photo(person)
+    await person.registers()
+
+    installation.bytes_away = 2
+    code, _, err = await person.types("run", "resize", "photo.jpg", "--width", "8", "-o", "small.webp")
+
+    assert (code, len(installation.files), installation.bytes_away) == (0, 2, 0), err
+
+
+async def test_who_cannot_keep_the_result_is_told_what_was_done(person: Person) -> None:
+    photo(person)
+    await person.registers()
+
+    code, _, err = await person.types("run", "resize", "photo.jpg", "--width", "8", "-o", "/dev/full")
+    refused, _, told = await person.types("--json", "run", "resize", "photo.jpg", "--width", "8", "-o", "/dev/full")
+
+    expected = [
+        "atelier: No space left on device. (FILE_UNUSABLE)",
+        "What became of the work: atelier tasks show tsk_1",
+    ]
+    assert (code, err.splitlines()[-2:]) == (1, expected)
+    assert (refused, json.loads(told)["notes"]) == (1, ["What became of the work: atelier tasks show tsk_2"])
+
+
+async def test_what_cannot_be_sent_is_refused_with_a_reason(person: Person, installation: Installation) -> None:
+    await person.registers()
+    os.mkfifo(person.folder / "pipe")
+    (Path(os.fsdecode(os.fsencode(person.folder) + b"/caf\xe9.jpg"))).write_bytes(b"image")
+
+    keeping = os.open(person.folder / "pipe", os.O_RDWR)  # else who opens it waits for a writer
+    piped, _, no_file = await person.types("files", "upload", "pipe")
+    os.close(keeping)
+    named, _, no_name = await person.types("files", "upload", os.fsdecode(b"caf\xe9.jpg"))
+
+    assert (piped, "pipe is no regular file" in no_file) == (1, True), no_file
+    assert (named, "is not in UTF-8" in no_name, installation.files) == (1, True, {}), no_name
 
 
 async def test_a_mark_that_is_a_path_is_sent_first(person: Person, installation: Installation) -> None:
@@ -382,7 +433,18 @@ async def test_a_failed_task_is_exit_code_1_with_its_reason(person: Person, inst
     code, _, err = await person.types("run", "resize", "photo.jpg", "--width", "8", "-o", "small.webp")
 
     assert code == 1
-    assert err.splitlines()[-1] == "atelier: The image is damaged. (INPUT_DAMAGED)"
+    assert err.splitlines()[-2:] == [
+        "atelier: The image is damaged. (INPUT_DAMAGED)",
+        "What became of the work: atelier tasks show tsk_1",
+    ]
+
+
+async def test_the_server_that_is_typed_wins_over_the_environment_s(person: Person) -> None:
+    first, _, before = await person.types("--server", "http://127.0.0.1:9", "tasks", "show", "tsk_1")
+    last, _, after = await person.types("whoami", "--server", "http://127.0.0.1:9")
+
+    assert "http://127.0.0.1:9" in before, before
+    assert (first, last, before) == (3, 3, after)
 
 
 async def test_who_is_not_signed_in_is_told_how(person: Person) -> None:
@@ -485,7 +547,7 @@ async def test_the_mesh_is_shown_to_people_and_to_programs(person: Person) -> No
 
     _, status, _ = await person.types("mesh", "status")
     _, why, _ = await person.types("mesh", "why", "task")
-    _, config, _ = await person.types("--json", "mesh", "config")
+    _, config, _ = await person.types("mesh", "config", "--json")
     unknown, _, complaint = await person.types("mesh", "why", "tusk")
 
     assert "critical" in status.decode()

@@ -7,13 +7,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from atelier_client import VERSION, shell
+from atelier_client import VERSION, client, credentials, shell
 from atelier_client.command import cli
 from atelier_client.files import written
 from atelier_client.server import Server
 from click.testing import CliRunner
 
 import mesh
+from mesh import contract
 
 ROOT = Path(__file__).parents[3]
 
@@ -110,3 +111,15 @@ def test_shells_can_complete_commands() -> None:
 
     assert outcome.exit_code in (0, 2)
     assert "_ATELIER_COMPLETE=zsh_complete" in script.output
+
+
+def test_the_server_s_deadlines_come_before_the_client_s() -> None:
+    of_calls = {
+        name: method.deadline_seconds
+        for name, method in contract.installed().methods.items()
+        if method.access in ("PUBLIC", "USER", "ADMIN") and not (method.server_streaming or method.bytes)
+    }
+
+    assert max(of_calls.values()) < client.CALL_SECONDS < client.REFRESH_EARLY.total_seconds()
+    refresh = of_calls["/atelier.auth.v1.AuthService/RefreshTokens"]
+    assert refresh < client.REFRESH_SECONDS < credentials.LOCK_SECONDS

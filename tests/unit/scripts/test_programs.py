@@ -103,6 +103,7 @@ PRESENT = [
     Process(name=name, wave=wave, command=(), environment={})
     for name, wave in [
         ("consul", 0),
+        ("postgresql", 0),
         ("registrar", 1),
         ("task-1", 2),
         ("task-2", 2),
@@ -136,4 +137,12 @@ def test_a_name_that_means_nothing_is_refused_with_those_that_do(unknown):
 
 
 def test_programs_restart_in_the_order_of_a_start_and_replicas_of_one_service_apart():
-    assert names(in_turn(PRESENT)) == ["consul", "registrar", "task-1", "media-worker-1", "task-2", "envoy"]
+    assert names(in_turn(PRESENT)) == [
+        "consul",
+        "postgresql",
+        "registrar",
+        "task-1",
+        "media-worker-1",
+        "task-2",
+        "envoy",
+    ]

@@ -89,8 +89,9 @@ class WebhookServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteWebhook(self, request, context):
-        """Forgets the account's URL; what is still owed to it fails with WEBHOOK_DELETED. The secret stays, for tasks that name
-        a URL of their own. Repeating it succeeds.
+        """Forgets the account's URL; what is still owed to it fails with WEBHOOK_DELETED when its next try is due, unless the
+        account has named another URL by then. The secret stays, for tasks that name a URL of their own. Repeating it
+        succeeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,8 +42,9 @@ class WebhookServiceStub:
     keep it. Fails with WEBHOOK_URL_REFUSED.
     """
     DeleteWebhook: _grpc.UnaryUnaryMultiCallable[_webhook_pb2.DeleteWebhookRequest, _webhook_pb2.DeleteWebhookResponse]
-    """Forgets the account's URL; what is still owed to it fails with WEBHOOK_DELETED. The secret stays, for tasks that name
-    a URL of their own. Repeating it succeeds.
+    """Forgets the account's URL; what is still owed to it fails with WEBHOOK_DELETED when its next try is due, unless the
+    account has named another URL by then. The secret stays, for tasks that name a URL of their own. Repeating it
+    succeeds.
     """
     RotateWebhookSecret: _grpc.UnaryUnaryMultiCallable[_webhook_pb2.RotateWebhookSecretRequest, _webhook_pb2.Webhook]
     """Makes a new secret. For 24 h the one before signs as well. Fails with WEBHOOK_NOT_FOUND."""
@@ -70,8 +71,9 @@ class WebhookServiceAsyncStub(WebhookServiceStub):
     keep it. Fails with WEBHOOK_URL_REFUSED.
     """
     DeleteWebhook: _aio.UnaryUnaryMultiCallable[_webhook_pb2.DeleteWebhookRequest, _webhook_pb2.DeleteWebhookResponse]  # type: ignore[assignment]
-    """Forgets the account's URL; what is still owed to it fails with WEBHOOK_DELETED. The secret stays, for tasks that name
-    a URL of their own. Repeating it succeeds.
+    """Forgets the account's URL; what is still owed to it fails with WEBHOOK_DELETED when its next try is due, unless the
+    account has named another URL by then. The secret stays, for tasks that name a URL of their own. Repeating it
+    succeeds.
     """
     RotateWebhookSecret: _aio.UnaryUnaryMultiCallable[_webhook_pb2.RotateWebhookSecretRequest, _webhook_pb2.Webhook]  # type: ignore[assignment]
     """Makes a new secret. For 24 h the one before signs as well. Fails with WEBHOOK_NOT_FOUND."""
@@ -113,8 +115,9 @@ class WebhookServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _webhook_pb2.DeleteWebhookRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_webhook_pb2.DeleteWebhookResponse, _abc.Awaitable[_webhook_pb2.DeleteWebhookResponse]]:
-        """Forgets the account's URL; what is still owed to it fails with WEBHOOK_DELETED. The secret stays, for tasks that name
-        a URL of their own. Repeating it succeeds.
+        """Forgets the account's URL; what is still owed to it fails with WEBHOOK_DELETED when its next try is due, unless the
+        account has named another URL by then. The secret stays, for tasks that name a URL of their own. Repeating it
+        succeeds.
         """
 
     @_abc_1.abstractmethod
