@@ -479,12 +479,15 @@ def stop_signal(config: ServiceConfig) -> asyncio.Event:
 
 
 async def _for_ever(work: Background, config: ServiceConfig) -> None:
-    pause_seconds = 0.5
+    task, pause_seconds = asyncio.current_task(), 0.5
+    assert task is not None  # noqa: S101 - a coroutine runs in one
     while True:
         started = asyncio.get_running_loop().time()
         try:
             await work()
         except Exception:
+            if task.cancelling():  # to end is what it was told; a failure on the way hides that
+                raise asyncio.CancelledError from None
             log.exception("background work of %s crashed; it begins again", config.service)
         if asyncio.get_running_loop().time() - started > 60:
             pause_seconds = 0.5

@@ -5,7 +5,8 @@ from __future__ import annotations
 from base64 import b64decode, b64encode
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextvars import Context, copy_context
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -79,6 +80,7 @@ from services.task.webhooks import (
 
 TOGETHER = 100  # in one transaction
 _MICROSECOND = timedelta(microseconds=1)
+_NO_ORIGINS: Mapping[str, Context] = {}
 # Change between events, too.
 _UNTOLD = frozenset({"progress_fraction", "progress_stage", "lease_time", "update_time"})
 # Made once, as all that is sent for each task: making a statement costs as much as sending it.
@@ -107,6 +109,8 @@ class _Wanted:
 
     task_id: str
     step: Step
+    origin: Context = field(default_factory=copy_context)
+    """Of whose request it is, though it is done with others': its events name it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,7 @@ class _New:
 
     task_id: str
     created: Callable[[datetime], Change]
+    origin: Context = field(default_factory=copy_context)
 
 
 class SqlTasks:
@@ -366,14 +371,19 @@ class SqlTasks:
         if anew:  # queued by their owner again: each waits for another turn
             placed = {each.task.task_id: each for each in await _in_turn(connection, anew)}
             changes = [placed.get(each.task.task_id, each) for each in changes]
-        await self._store(connection, tasks, changes)
+        await self._store(connection, zip(tasks, changes, strict=True))
         return changes
 
-    async def _store(self, connection: AsyncConnection, tasks: Sequence[Task], changes: Sequence[Change]) -> None:
-        """Write what became of `tasks`: the columns that changed."""
+    async def _store(
+        self,
+        connection: AsyncConnection,
+        moved: Iterable[tuple[Task, Change]],
+        origins: Mapping[str, Context] = _NO_ORIGINS,
+    ) -> None:
+        """Write what became of tasks: the columns that changed."""
         alike = defaultdict[tuple[str, ...], list[dict[str, Any]]](list)  # those that one statement writes
         told = []
-        for task, change in zip(tasks, changes, strict=True):
+        for task, change in moved:
             row = _columns(change.task)
             changed = _changed(_columns(task), row)
             if changed:
@@ -382,7 +392,7 @@ class SqlTasks:
                 told.append((change, _facts(changed, row)))
         for rows in alike.values():
             await connection.execute(_UPDATE, rows)
-        await self._tell(connection, told)
+        await self._tell(connection, told, origins)
 
     async def _adopt_together(self, requests: Sequence[idempotency.Request]) -> list[idempotency.Adopted | Exception]:
         async with self._database.statement() as connection:
@@ -405,7 +415,8 @@ class SqlTasks:
             stored = await insert_absent(connection, task_table, [*rows.values()], task_table.c.task_id)
             crash.point("create: task written")
             new = [each for each in changes if each.task.task_id in stored]
-            await self._tell(connection, [(each, _first_facts(rows[each.task.task_id])) for each in new])
+            told = [(each, _first_facts(rows[each.task.task_id])) for each in new]
+            await self._tell(connection, told, {each.task_id: each.origin for each in wanted})
             crash.point("create: events written")
             tasks = {each.task.task_id: each.task for each in new}
             # What another call with the same key has stored is ours.
@@ -421,10 +432,10 @@ class SqlTasks:
         outcomes: list[Task | Exception] = []
         async with self._database.transaction() as connection:
             tasks, time = await _locked_together(connection, {each.task_id for each in wanted})
-            first, news = dict(tasks), dict[str, tuple[Task, Change]]()
+            first, news, origins = dict(tasks), dict[str, tuple[Task, Change]](), dict[str, Context]()
             for each in wanted:
                 if each.task_id in news:  # a second step with one task: its event follows the first one's
-                    await self._store(connection, *zip(*news.values(), strict=True))
+                    await self._store(connection, news.values(), origins)
                     news.clear()
                 try:
                     task = require_found(tasks.get(each.task_id), each.task_id)
@@ -432,11 +443,11 @@ class SqlTasks:
                 except Exception as error:  # noqa: BLE001 - its caller's alone
                     outcomes.append(error)
                 else:
-                    news[each.task_id] = task, change
+                    news[each.task_id], origins[each.task_id] = (task, change), each.origin
                     tasks[each.task_id] = change.task
                     outcomes.append(change.task)
             if news:
-                await self._store(connection, *zip(*news.values(), strict=True))
+                await self._store(connection, news.values(), origins)
             for state in {task.state for task in tasks.values()}:
                 crash.point(f"{state}: written")
         for task in tasks.values():
@@ -445,11 +456,24 @@ class SqlTasks:
                 self._committed(task.task_id)
         return outcomes
 
-    async def _tell(self, connection: AsyncConnection, told: Sequence[tuple[Change, Mapping[str, Any]]]) -> None:
-        """Write the events of changes of state, each with its facts, and what the world hears of them."""
+    async def _tell(
+        self,
+        connection: AsyncConnection,
+        told: Sequence[tuple[Change, Mapping[str, Any]]],
+        origins: Mapping[str, Context] = _NO_ORIGINS,
+    ) -> None:
+        """Write the events of changes of state, each with its facts, and what the world hears of them.
+
+        `origins` says of tasks whose request it was, where that is not the present one.
+        """
         if told:
             await connection.execute(_INSERT_EVENT, [_event_columns(*each) for each in told])
-            await self._outbox.add(connection, *(self._encode(n) for each, _ in told for n in each.notices))
+            messages = [
+                origins[each.task.task_id].run(self._encode, notice) if origins else self._encode(notice)
+                for each, _ in told
+                for notice in each.notices
+            ]
+            await self._outbox.add(connection, *messages)
             await self._owe(connection, [each.task for each, _ in told if each.task.state.ended])
 
     async def _owe(self, connection: AsyncConnection, tasks: Sequence[Task]) -> None:

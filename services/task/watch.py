@@ -15,8 +15,8 @@ from typing import Protocol
 
 from mesh.clock import Clock
 from mesh.context import User
-from mesh.errors import DeadlineExceeded, Unauthenticated
-from mesh.service import Background
+from mesh.errors import DeadlineExceeded, Unauthenticated, Unavailable
+from mesh.service import Background, every
 from services.task.domain import History, Task, Tasks, Version, replayed, require_found
 
 CHANGES = "task.changes"  # the broadcast between replicas; its bodies are task ids, apart by blanks
@@ -141,7 +141,12 @@ class Watches:
 
     def work(self, broadcasts: Broadcasts) -> list[Background]:
         """Return what must run for ever."""
-        return [self.refresh, self.poll, partial(self.announce, broadcasts), partial(self.listen, broadcasts)]
+        return [
+            self.refresh,
+            every(POLL_SECONDS, self.poll),
+            partial(self.announce, broadcasts),
+            partial(self.listen, broadcasts),
+        ]
 
     async def refresh(self) -> None:
         """Read the watched tasks that have changed and show them to their watchers, for ever."""
@@ -149,22 +154,25 @@ class Watches:
             await self._stirred.wait()
             self._stirred.clear()
             stale, self._stale = [each for each in self._stale if each in self._watched], set()
-            for start in range(0, len(stale), READ_AT_ONCE):
-                for history in await self._tasks.histories(stale[start : start + READ_AT_ONCE]):
-                    if history.task.task_id in self._watched:  # its last watcher may have left
-                        self._watched[history.task.task_id].show(history)
+            try:
+                for start in range(0, len(stale), READ_AT_ONCE):
+                    for history in await self._tasks.histories(stale[start : start + READ_AT_ONCE]):
+                        if history.task.task_id in self._watched:  # its last watcher may have left
+                            self._watched[history.task.task_id].show(history)
+            except Unavailable:
+                await asyncio.sleep(POLL_SECONDS)
+                for task_id in stale:
+                    self._stir(task_id)
 
     async def poll(self) -> None:
-        """Notice every second which watched tasks have changed, whoever failed to say so, for ever."""
-        while True:
-            await asyncio.sleep(POLL_SECONDS)
-            watched = list(self._watched)
-            for start in range(0, len(watched), READ_AT_ONCE):
-                versions = await self._tasks.versions(watched[start : start + READ_AT_ONCE])
-                for task_id, version in versions.items():
-                    seen = self._watched.get(task_id)
-                    if seen is not None and (seen.history is None or seen.history.task.version != version):
-                        self._stir(task_id)
+        """Notice which watched tasks have changed, whoever failed to say so."""
+        watched = list(self._watched)
+        for start in range(0, len(watched), READ_AT_ONCE):
+            versions = await self._tasks.versions(watched[start : start + READ_AT_ONCE])
+            for task_id, version in versions.items():
+                seen = self._watched.get(task_id)
+                if seen is not None and (seen.history is None or seen.history.task.version != version):
+                    self._stir(task_id)
 
     async def announce(self, broadcasts: Broadcasts) -> None:
         """Tell the other replicas what this one has changed, for ever."""

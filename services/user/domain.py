@@ -24,6 +24,8 @@ GIB = 1024**3
 FORGET = "forget"  # the work that one replica does for all: the name of its lock and of its fence
 HOLD_BEFORE_ASKING = timedelta(minutes=2)
 """How long a held reservation is left alone. The task service commits no task more than a minute after its reserve."""
+BOUND_BEFORE_ASKING = timedelta(hours=1)
+"""How long a bound one is: the event of its task's end comes within a second, unless the broker has lost it."""
 RELEASED_WITHIN = timedelta(seconds=1)
 """How soon what a cancelled task had set aside is free: it is given back by an event, as a rule in half a second."""
 
@@ -289,8 +291,8 @@ class Quotas(Protocol):
     async def follow(self, outcomes: Sequence[Outcome], now: datetime) -> None:
         """`move` for each in turn, all or none, and once for an event however often it arrives."""
 
-    async def resolve(self, reservation_id: str, target: State, held_before: datetime, now: datetime) -> None:
-        """`move`, unless the reservation is no longer the one that has been held since before `held_before`."""
+    async def resolve(self, reservation_id: str, target: State, now: datetime) -> None:
+        """`move`, and leave alone for as long again, unless the reservation is no longer `overdue`."""
 
     async def audit(self) -> list[Drift]:
         """Return what is not counted alike by counters, ledger and reservations, some of it; empty when all is well."""
@@ -298,8 +300,8 @@ class Quotas(Protocol):
     async def of_tasks(self, after: str, held_before: datetime, at_most: int) -> list[Reservation]:
         """Return reservations of tasks whose ids follow `after`, by id, but for those held since `held_before`."""
 
-    async def held_since(self, time: datetime) -> list[str]:
-        """Return reservations of tasks that have been held since before `time`, oldest first, some at a time."""
+    async def overdue(self, now: datetime) -> list[str]:
+        """Return reservations of tasks that have been held or bound for long, some at a time: first those held."""
 
 
 class Passwords(Protocol):

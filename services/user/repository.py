@@ -33,7 +33,9 @@ from mesh.database import Database, insert_if_absent
 from mesh.errors import MeshError
 from mesh.together import Together
 from services.user.domain import (
+    BOUND_BEFORE_ASKING,
     FORGET,
+    HOLD_BEFORE_ASKING,
     Account,
     Drift,
     EmailTaken,
@@ -279,30 +281,24 @@ class SqlQuotas:
             _reach("written", targets)
         _reach("committed", targets)
 
-    async def resolve(self, reservation_id: str, target: State, held_before: datetime, now: datetime) -> None:
+    async def resolve(self, reservation_id: str, target: State, now: datetime) -> None:
+        this = reservation.c.reservation_id == reservation_id
         async with self._database.transaction() as connection:
-            still = select(reservation.c.reservation_id).where(
-                reservation.c.reservation_id == reservation_id,
-                reservation.c.state == State.HELD,
-                reservation.c.update_time < held_before,
-            )
-            still = still.with_for_update()  # a repeated `reserve` has it wait anew
+            # Locked: a repeated `reserve` has it wait anew.
+            still = select(reservation.c.reservation_id).where(this, _overdue(now)).with_for_update()
             if (await connection.execute(still)).one_or_none() is not None:
                 await _move(connection, [(reservation_id, target)], now)
+                await connection.execute(update(reservation).where(this).values(update_time=now))  # bound, still
 
-    async def held_since(self, time: datetime) -> list[str]:
-        held = (
+    async def overdue(self, now: datetime) -> list[str]:
+        found = (
             select(reservation.c.reservation_id)
-            .where(
-                reservation.c.state == State.HELD,
-                reservation.c.update_time < time,
-                reservation.c.kind == Kind.TASKS,  # storage settles its own
-            )
-            .order_by(reservation.c.update_time)
+            .where(_overdue(now), reservation.c.kind == Kind.TASKS)  # storage settles its own
+            .order_by(reservation.c.state.desc(), reservation.c.update_time)  # held, then bound
             .limit(ASKED_AT_ONCE)
         )
         async with self._database.query() as connection:
-            return list((await connection.execute(held)).scalars())
+            return list((await connection.execute(found)).scalars())
 
     async def audit(self) -> list[Drift]:
         key, zero = ("user_id", "kind", "period"), literal(0)
@@ -346,6 +342,13 @@ class SqlQuotas:
         )
         async with self._database.query() as connection:
             return [_from_reservation_row(row) for row in await connection.execute(found)]
+
+
+def _overdue(now: datetime) -> ColumnElement[bool]:
+    """Reservations whose event should have come."""
+    state, time = reservation.c.state, reservation.c.update_time
+    held = (state == State.HELD) & (time < now - HOLD_BEFORE_ASKING)
+    return held | ((state == State.BOUND) & (time < now - BOUND_BEFORE_ASKING))
 
 
 async def _hold(

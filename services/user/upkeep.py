@@ -12,7 +12,7 @@ from mesh.errors import MeshError, NotFound
 from mesh.lock import Locks
 from mesh.service import Background, every
 from services.user import convert
-from services.user.domain import FORGET, HOLD_BEFORE_ASKING, Accounts, Quotas, State
+from services.user.domain import FORGET, Accounts, Quotas, State
 
 ASK_SECONDS = 30.0
 REVOKE_SECONDS = 0.25  # a change by any replica has a second to take effect
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Upkeep:
-    """Asks the task service about reservations that were held too long: time alone releases nothing.
+    """Asks the task service about reservations that have waited too long for an event: time alone releases nothing.
 
     Tells the auth service of each generation of an account that has ended, until it is heard.
     """
@@ -51,15 +51,14 @@ class Upkeep:
 
     async def ask(self) -> None:
         """Ask once about each reservation that is due."""
-        held_before = self._clock.now() - HOLD_BEFORE_ASKING
-        for reservation_id in await self._quotas.held_since(held_before):
+        for reservation_id in await self._quotas.overdue(self._clock.now()):
             try:
                 state = await self._fate(reservation_id)
             except MeshError as error:
                 # The task service is away or unwell: the next round asks again.
                 log.warning("cannot ask about a reservation", extra={"reason": error.reason})
                 return
-            await self._quotas.resolve(reservation_id, state, held_before, self._clock.now())
+            await self._quotas.resolve(reservation_id, state, self._clock.now())
 
     async def revoke(self) -> None:
         """Tell once of each generation that has ended."""

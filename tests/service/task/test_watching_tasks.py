@@ -15,7 +15,7 @@ from atelier.task.v1.task_pb2_grpc import TaskServiceStub
 from google.protobuf.json_format import Parse
 
 from mesh import status
-from mesh.errors import MeshError
+from mesh.errors import MeshError, Unavailable
 from services.task.domain import Terms
 from tests.eventually import eventually
 from tests.mesh_server import NARROW, headers
@@ -87,6 +87,25 @@ async def test_a_watch_sees_what_another_replica_does(start: Start, bus: Bus, br
     task = await there.claimed()
     await watcher.next()
     await there.complete(task)
+
+    assert await watcher.rest() == [("QUEUED", 1), ("RUNNING", 2), ("SUCCEEDED", 3)]
+
+
+async def test_a_watch_goes_on_where_it_was_once_the_database_is_back(
+    replica: Replica, bus: Bus, monkeypatch: pytest.MonkeyPatch
+):
+    bus.away = True  # nobody else tells of it
+    watcher = Watcher(replica, await replica.create())
+    await watcher.next()
+
+    async def away(_: object) -> None:
+        raise Unavailable("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replica.tasks, "histories", away)
+        patch.setattr(replica.tasks, "versions", away)
+        await replica.complete(await replica.claimed())
+        await asyncio.sleep(2.5)
 
     assert await watcher.rest() == [("QUEUED", 1), ("RUNNING", 2), ("SUCCEEDED", 3)]
 

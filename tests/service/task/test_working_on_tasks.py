@@ -1,6 +1,7 @@
 """What workers may do: claim, renew, complete, fail; and what upkeep does when they do not."""
 
 import asyncio
+import json
 from datetime import timedelta
 from functools import partial
 
@@ -11,6 +12,7 @@ from atelier.task.v1 import task_pb2 as pb
 from mesh import capability, status
 from services.task import domain
 from services.task.domain import Terms
+from services.task.tables import outbox_table
 from services.task.upkeep import Upkeep
 from tests.eventually import eventually
 from tests.service.task.conftest import BRISK, KEY, OWNER, PHOTO, Bus, Replica, Start, refused, resize
@@ -486,3 +488,21 @@ async def test_steps_with_one_task_at_once_are_events_one_after_the_other(replic
 
     assert (first.state, second.state) == (domain.State.RUNNING, domain.State.QUEUED)
     assert [state for state, *_ in await history(replica, task)] == ["QUEUED", "RUNNING", "QUEUED"]
+
+
+async def test_what_a_task_tells_names_the_request_that_caused_it(replica: Replica):
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    await replica.user(traceparent=f"00-{trace}-00f067aa0ba902b7-01").CreateTask(resize())
+    await replica.complete(await replica.claimed())
+
+    async with replica.database.reading() as connection:
+        rows = (await connection.execute(outbox_table.select())).all()
+
+    told = {
+        row.routing_key.rpartition(".")[2]: json.loads(row.headers)
+        for row in rows
+        if row.routing_key.startswith("atelier.")
+    }
+    assert {name: headers["correlationid"] for name, headers in told.items()} == dict.fromkeys(told, "req-test")
+    assert told["TaskCreated"]["traceparent"].split("-")[1] == trace
+    assert "traceparent" not in told["TaskSucceeded"]  # its worker's call, which has no trace here, caused it

@@ -370,6 +370,48 @@ async def test_a_reservation_that_no_event_reached_follows_its_task(home, state,
     assert becomes is None or await state_of(home, ada, "tsk_1/1") == becomes
 
 
+@pytest.mark.parametrize(
+    ("state", "used"),
+    [
+        (task_pb2.Task.STATE_QUEUED, (0, 1)),
+        (task_pb2.Task.STATE_SUCCEEDED, (1, 0)),
+        (task_pb2.Task.STATE_CANCELLED, (0, 0)),
+    ],
+)
+async def test_a_reservation_whose_last_event_was_lost_follows_its_task_after_an_hour(home, state, used):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "tsk_1/1")
+    await tell(home, events_pb2.TaskCreated, "tsk_1/1", "e1")
+    home.tasks.known["tsk_1"] = task_pb2.LookupTaskResponse(state=state, reservation_id="tsk_1/1")
+
+    await look_after(home, 3599)
+    before = counts((await home.quota(ada.user_id)).tasks)
+    await look_after(home, 2)
+
+    assert before == (0, 1)
+    assert counts((await home.quota(ada.user_id)).tasks) == used
+
+
+async def test_a_task_that_takes_long_is_asked_about_once_an_hour_and_after_what_is_held(home):
+    ada = await home.registered()
+    await home.reserve_all(ada.user_id, ["tsk_1/1", "tsk_2/1"])
+    for number in (1, 2):
+        await tell(home, events_pb2.TaskCreated, f"tsk_{number}/1", f"e{number}")
+        home.tasks.known[f"tsk_{number}"] = task_pb2.LookupTaskResponse(
+            state=task_pb2.Task.STATE_RUNNING, reservation_id=f"tsk_{number}/1"
+        )
+    home.clock.time += timedelta(hours=1)
+    await home.reserve(ada.user_id, "tsk_3/1")
+    home.clock.time += timedelta(minutes=3)
+
+    due = await home.quotas.overdue(home.clock.now())
+    await home.upkeep.ask()
+
+    assert (due[0], sorted(due)) == ("tsk_3/1", ["tsk_1/1", "tsk_2/1", "tsk_3/1"])
+    assert await home.quotas.overdue(home.clock.now() + timedelta(minutes=59)) == []
+    assert len(await home.quotas.overdue(home.clock.now() + timedelta(minutes=61))) == 2
+
+
 async def test_nothing_is_given_back_while_the_task_service_is_away(home):
     ada = await home.registered()
     await home.reserve(ada.user_id, "tsk_1/1")
@@ -439,11 +481,11 @@ async def test_only_the_task_service_reserves_many(home):
 async def test_a_reservation_that_is_repeated_while_it_is_looked_at_is_kept(home):
     ada = await home.registered()
     await home.reserve(ada.user_id, "tsk_1/1")
-    long_ago, now = home.clock.now() + timedelta(seconds=1), home.clock.now() + timedelta(seconds=120)
+    now = home.clock.now() + timedelta(seconds=121)
 
     async with home.sql.transaction() as connection:
         await connection.execute(update(reservation).values(update_time=now))  # as a repeated call does
-        resolve = asyncio.create_task(home.quotas.resolve("tsk_1/1", State.RELEASED, long_ago, now))
+        resolve = asyncio.create_task(home.quotas.resolve("tsk_1/1", State.RELEASED, now))
         await asyncio.wait([resolve], timeout=0.5)
     await resolve
 

@@ -15,7 +15,7 @@ from mesh import capability, ids, paging
 from mesh.capability import Capability, CapabilityInvalid
 from mesh.errors import Unavailable
 from mesh.paging import PageTokenMalformed
-from mesh.service import every
+from mesh.service import every, working
 from tests.eventually import eventually
 
 KEY = "0123456789abcdef" * 4
@@ -154,3 +154,21 @@ async def test_work_that_found_something_away_is_taken_up_again_at_its_own_pace(
     work = asyncio.create_task(every(0.01, step)())
     await eventually(lambda: len(calls) >= 4)
     work.cancel()
+
+
+@pytest.mark.timeout(20)
+async def test_background_work_that_fails_while_it_ends_ends() -> None:
+    began = 0
+
+    async def work() -> None:
+        nonlocal began
+        began += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise Unavailable("away")
+
+    async with working([work], NotImplemented):
+        await asyncio.sleep(0.01)
+
+    assert began == 1
