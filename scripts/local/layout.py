@@ -34,6 +34,7 @@ def _with(file: str) -> tuple[str, ...]:
 
 SERVICES = _with("__main__.py")
 DATABASES = _with("tables.py")
+ELSEWHERE = "ATELIER_DATABASES_ELSEWHERE"  # among the settings of the last start
 WORKERS = {f"{name}-worker": name for name in _with("worker/__main__.py")}  # and whose they are
 AUTHORITIES = (*SERVICES, *WORKERS, "control", "edge", "operator", "registrar")  # who has a token of Consul
 PREFIXES = (*(f"{name.upper()}_" for name in SERVICES), "CONTROL_", "ATELIER_", "OTEL_")
@@ -76,6 +77,8 @@ class Layout:
     edge_port: int = EDGE_PORT
     replicas: int = 1
     database: str = SQLITE
+    elsewhere: tuple[str, ...] = ()
+    """Services whose databases the caller names."""
 
     @classmethod
     def from_environment(cls, caller: Mapping[str, str]) -> Layout:
@@ -106,7 +109,8 @@ class Layout:
                 f"{last.get('ATELIER_DATABASE', SQLITE)}, in {var}. Begin another by ATELIER_VAR, or anew after "
                 "scripts/down --erase."
             )
-        layout = cls(var=var, port_base=base, edge_port=edge, replicas=replicas, database=database)
+        elsewhere = tuple(name for name in DATABASES if f"{name.upper()}_DATABASE_URL" in caller)
+        layout = cls(var=var, port_base=base, edge_port=edge, replicas=replicas, database=database, elsewhere=elsewhere)
         if len(str(layout.socket)) > 100:  # the kernel's limit on a socket's path is 107
             raise SettingRefused(f"The path of ATELIER_VAR={var} is too long for a Unix socket; take a shorter one.")
         if not set('"%\n').isdisjoint(str(var)):
@@ -126,6 +130,7 @@ class Layout:
             "ATELIER_EDGE_PORT": str(self.edge_port),
             "ATELIER_REPLICAS": str(self.replicas),
             "ATELIER_DATABASE": self.database,
+            ELSEWHERE: " ".join(self.elsewhere),
         }
 
     @property

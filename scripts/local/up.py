@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ FIRST_WAVES = (0, 1)  # what may run before the databases are migrated: brokers 
 def main(arguments: argparse.Namespace) -> int:
     asked = {"ATELIER_DATABASE": layout.POSTGRESQL} if arguments.postgres else {}
     mesh = Layout.from_environment({**os.environ, **asked})
+    require_databases(mesh)
     configs.make_folders(mesh)
     with programs.alone(mesh):
         supervisor = Supervisor(mesh)
@@ -39,6 +41,22 @@ def main(arguments: argparse.Namespace) -> int:
             done = "The mesh is up"
         tell(mesh, supervisor, wanted, f"{done} ({time.monotonic() - began:.1f} s).")
     return 0
+
+
+def require_databases(mesh: Layout) -> None:
+    """Refuse to start a service on an empty database because its own, elsewhere, was not named again.
+
+    Raises:
+        CannotStart: one was named at the last start and is not now.
+    """
+    last = json.loads(mesh.last.read_text()) if mesh.last.exists() else {}
+    forgotten = [name for name in last.get(layout.ELSEWHERE, "").split() if name not in mesh.elsewhere]
+    if forgotten:
+        names = ", ".join(f"{name.upper()}_DATABASE_URL" for name in forgotten)
+        raise CannotStart(
+            f"At the last start {names} said where the data is: say it again. To begin with an empty database instead, "
+            f"delete {mesh.last}."
+        )
 
 
 def desired(mesh: Layout) -> tuple[dict[str, str], list[Process]]:

@@ -18,6 +18,8 @@ from scripts.local.layout import (
     mesh_environment,
     processes,
 )
+from scripts.local.programs import CannotStart
+from scripts.local.up import require_databases
 
 
 @pytest.fixture
@@ -96,6 +98,20 @@ def test_the_data_of_a_mesh_stays_in_the_kind_of_database_that_it_began_with(mes
     assert silent.database == "postgresql"
     with pytest.raises(SettingRefused, match="kept by postgresql"):
         Layout.from_environment({"ATELIER_VAR": str(mesh.var), "ATELIER_DATABASE": "sqlite"})
+
+
+def test_a_database_elsewhere_that_is_not_named_again_is_no_reason_for_an_empty_one(mesh):
+    asked = {"ATELIER_VAR": str(mesh.var)}
+    named = {**asked, "TASK_DATABASE_URL": "postgresql+psycopg://task:secret@db.example/task"}
+    require_databases(Layout.from_environment(asked))
+    configs.make_folders(mesh)
+    configs.remember(Layout.from_environment(named))
+
+    require_databases(Layout.from_environment(named))
+    with pytest.raises(CannotStart, match="TASK_DATABASE_URL said where the data is"):
+        require_databases(Layout.from_environment(asked))
+
+    assert "secret" not in mesh.last.read_text()
 
 
 def test_postgresql_runs_where_it_is_asked_for_and_has_a_port_of_its_own(mesh):
