@@ -213,6 +213,7 @@ def _weights(folder: Path) -> Path:
 
 async def _tried(slot: Slot, one: Case, told: Told) -> str:
     await slot.clear()
+    slot.make_folder()
     source, *others = (slot.folder / f"input-{number}" for number in range(len(one.inputs)))
     for path, content in zip((source, *others), one.inputs, strict=True):
         path.write_bytes(content)

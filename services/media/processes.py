@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 
 class Slot:
-    """Room for one task: `folder` is its own, empty between tasks."""
+    """Room for one task: `folder` is its own, there from `make_folder` until `clear`."""
 
     def __init__(
         self,
@@ -79,9 +79,9 @@ class Slot:
 
     async def start(self) -> Process:
         """Return the child, started when there is none."""
+        temporary = self._root / "temporary"
+        temporary.mkdir(parents=True, exist_ok=True)
         if self._process is None:
-            temporary = self._root / "temporary"
-            temporary.mkdir(parents=True, exist_ok=True)
             self._process = await _begun(
                 "services.media.worker.child",
                 *self._arguments,
@@ -142,15 +142,18 @@ class Slot:
                 process.kill()
             await process.wait()
 
+    def make_folder(self) -> None:
+        """Make `folder`, before a task and not after the one before it: a full disk is the next task's failure only."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+
     async def clear(self) -> None:
-        """Empty the folders."""
-        await asyncio.to_thread(_empty, self.folder, self._root / "temporary")
+        """Remove what a task left behind."""
+        await asyncio.to_thread(_remove, self.folder, self._root / "temporary")
 
 
-def _empty(*folders: Path) -> None:
+def _remove(*folders: Path) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
 
 
 class Inference:
@@ -310,7 +313,6 @@ async def opened(config: Config | WorkerConfig) -> AsyncIterator[list[Slot]]:
     keeping = asyncio.create_task(inference.run()) if inference else None
     try:
         for slot in slots:
-            await slot.clear()
             await slot.start()
         yield slots
     finally:

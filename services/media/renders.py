@@ -197,6 +197,7 @@ class Renders:
 
     async def _made_in(self, slot: Slot, render: Render) -> Rendering:
         await self._cache.leave_free(render.original.size_bytes + RESULT_BYTES)
+        slot.make_folder()
         source = slot.folder / "input"
         await self._originals.read(render.original.file_id, source)
         written, *_ = await slot.run(render.operation, source, {}, slot.folder, lambda _share: None)

@@ -166,7 +166,7 @@ class Worker:
                 if claim.HasField("assignment"):
                     crash.point("worker: claimed")
                     lease = Lease(claim.assignment, sent_at)
-                    working = asyncio.create_task(self._carry_out(claim.assignment, lease, slot, pool))
+                    working = asyncio.create_task(self._occupy(slot, pool, claim.assignment, lease))
                     begun = True
                     self._working.add(working)
                     working.add_done_callback(self._working.discard)
@@ -176,6 +176,15 @@ class Worker:
         finally:
             if not begun:
                 self._free.put_nowait(slot)
+
+    async def _occupy(
+        self, slot: Slot, pool: str, assignment: task_pb2.ClaimTaskResponse.Assignment, lease: Lease
+    ) -> None:
+        try:
+            await self._carry_out(assignment, lease, slot)
+        except Exception:  # or the slot would be lost, and a worker without slots looks healthy
+            log.exception("the end of a task met a bug", extra={"task_id": lease.task_id})
+        await self._free_again(slot, pool)
 
     async def _free_again(self, slot: Slot, pool: str) -> None:
         """Give a slot to whoever has a permit in hand; else claim without: a batch has fewer permits than tasks.
@@ -197,9 +206,7 @@ class Worker:
         if self._working:
             await asyncio.wait(self._working)
 
-    async def _carry_out(
-        self, assignment: task_pb2.ClaimTaskResponse.Assignment, lease: Lease, slot: Slot, pool: str
-    ) -> None:
+    async def _carry_out(self, assignment: task_pb2.ClaimTaskResponse.Assignment, lease: Lease, slot: Slot) -> None:
         progress = Progress(asyncio.Event())
         work = asyncio.create_task(self._outputs(assignment, slot, progress))
         keeping = asyncio.create_task(self._keep(lease, progress, work))
@@ -240,7 +247,6 @@ class Worker:
                 "seconds": round(time.monotonic() - began, 3),
             },
         )
-        await self._free_again(slot, pool)
 
     async def _outputs(
         self, assignment: task_pb2.ClaimTaskResponse.Assignment, slot: Slot, progress: Progress
@@ -271,6 +277,7 @@ class Worker:
         progress: Progress,
     ) -> list[str]:
         task, capability = assignment.task, assignment.capability
+        slot.make_folder()
         source = slot.folder / "input"
         name = await self._storage.read_input(task.input_file_id, capability, source)
         files = {file_id: slot.folder / f"file-{n}" for n, file_id in enumerate(work.input_file_ids[1:])}

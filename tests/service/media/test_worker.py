@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import shutil
 import signal
 import time
 
@@ -197,6 +198,20 @@ async def test_a_killed_process_costs_one_attempt_and_not_the_worker(start: Star
     failure = await eventually(lambda: world.tasks.failed.get(task_id))
     assert (failure.error.reason, failure.transient, failure.returned) == ("WORKER_CRASHED", True, False)
     after = world.do()
+    await eventually(lambda: after in world.tasks.completed)
+
+
+async def test_a_slot_whose_folder_cannot_be_made_is_there_for_the_next_task(start: Start):
+    world = await start()
+    slot = world.slots[0]
+    shutil.rmtree(slot.folder, ignore_errors=True)
+    slot.folder.write_bytes(b"")  # as a disk without room for a folder
+
+    before = [world.do() for _ in range(2)]
+    await eventually(lambda: set(world.tasks.failed) == set(before))
+    slot.folder.unlink()
+    after = world.do()
+
     await eventually(lambda: after in world.tasks.completed)
 
 

@@ -69,6 +69,7 @@ def require_clean(result: Written) -> None:
 @pytest.mark.parametrize("work", WORKS, ids=lambda each: f"{type(each).__name__}-{getattr(each, 'format', None)}")
 async def test_every_file_is_refused_for_its_reason_or_done_right(slot, work):
     await slot.start()
+    slot.make_folder()
     child = slot.pid
     wrong = []
     for file in FILES:

@@ -59,7 +59,7 @@ async def test_an_encoder_that_gets_no_memory_is_no_bug(
     tmp_path: Path, format_: domain.Format, memory_mib: int
 ) -> None:
     slot = Slot(tmp_path, memory_bytes=memory_mib * 2**20, seconds=lambda: 60, turns=asyncio.Semaphore(1))
-    await slot.clear()
+    slot.make_folder()
     larger = domain.Resize(width=3000, height=3000, fit=domain.Fit.FILL, format=format_)
     (tmp_path / "input").write_bytes(saved("PNG", transparent()))
     outcome = "done"
@@ -95,6 +95,7 @@ async def test_a_crop_by_faces_is_done_without_opencv_that_does_not_load(tmp_pat
     by_faces = domain.SmartCrop(width=30, height=30, interest=domain.Interest.FACES)
 
     async with processes.opened(worker_config(tmp_path, slots=1)) as (slot,):
+        slot.make_folder()
         (written,) = await slot.run(by_faces, photograph("coffee.png"), {}, slot.folder, lambda _share: None)
 
     assert (written.width, written.height) == (30, 30)
