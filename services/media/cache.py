@@ -81,13 +81,10 @@ class FolderCache:
         if rendering.size_bytes > self._limit_bytes:
             return rendering
         try:
-            await asyncio.to_thread(_moved, made, self._folder / name)
+            await asyncio.to_thread(_on_disk, made)
+            self._take(name, made, rendering.size_bytes)
         except OSError as error:
             log.warning("a render could not be kept", extra={"failure": repr(error)})
-            return rendering
-        self._bytes += rendering.size_bytes - self._sizes.pop(name, 0)
-        self._sizes[name] = rendering.size_bytes
-        self._evict(self._limit_bytes)
         return rendering
 
     async def leave_free(self, wanted_bytes: int) -> None:
@@ -101,6 +98,12 @@ class FolderCache:
         gone = set(sources)
         for name in [name for name in self._sizes if name.partition("-")[0] in gone]:
             self._remove(name)
+
+    def _take(self, name: str, made: Path, size_bytes: int) -> None:
+        made.replace(self._folder / name)  # in a thread it would be done uncounted when the caller is cancelled
+        self._bytes += size_bytes - self._sizes.pop(name, 0)
+        self._sizes[name] = size_bytes
+        self._evict(self._limit_bytes)
 
     def _evict(self, limit_bytes: int) -> None:
         while self._bytes > limit_bytes:
@@ -117,7 +120,6 @@ def _asked_for(path: Path) -> Rendering:
     return Rendering(path)
 
 
-def _moved(made: Path, target: Path) -> None:
+def _on_disk(made: Path) -> None:
     with made.open("rb") as file:
         os.fsync(file.fileno())  # or a machine that loses its power might find a name without its bytes
-    made.replace(target)

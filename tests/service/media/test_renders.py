@@ -496,6 +496,21 @@ async def test_what_is_open_stays_readable_when_it_is_evicted(tmp_path: Path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+async def test_what_is_given_up_while_it_is_kept_is_counted_or_not_there(tmp_path: Path):
+    cache = FolderCache(tmp_path / "cache", 100 * MIB)
+
+    for number in range(20):  # at as many moments
+        made = tmp_path / f"made-{number}"
+        made.write_bytes(os.urandom(MIB))
+        keeping = asyncio.create_task(cache.keep(f"a-{number}", made))
+        await asyncio.sleep(number * 0.0005)
+        keeping.cancel()
+        await asyncio.wait([keeping])
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+    assert cache.size_bytes == sum(path.stat().st_size for path in (tmp_path / "cache").iterdir())
+
+
 async def test_it_is_served_over_http_alone(start: Start):
     gallery = await start()
 
