@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mesh.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Unavailable
+from mesh.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, MeshError, Unavailable
 
 # One worker's budget of time and memory; a full-frame camera makes 60 megapixels. Of an animation all frames together.
 MAX_PIXELS = 100_000_000
@@ -25,6 +26,7 @@ MAX_NAME_LENGTH = 255  # of a stored file
 MAX_RESULTS = 16  # of one task, as the contract's bounds of CompleteTask
 
 WHITE = "#ffffff"
+FULL_DISK = ("No space left on device", "Disk quota exceeded")  # ENOSPC and EDQUOT, in the words of the C library
 
 
 class InputUnsupported(InvalidArgument):
@@ -81,6 +83,10 @@ class WorkerCrashed(Unavailable):
 
 class StorageUnavailable(Unavailable):
     reason = "STORAGE_UNAVAILABLE"
+
+
+class NoRoom(Unavailable):
+    reason = "STORAGE_FULL"
 
 
 class Format(Enum):
@@ -438,6 +444,19 @@ def placed(free_width: int, free_height: int, margin_px: int, gravity: Gravity) 
 def result_path(folder: Path, index: int, format_: Format) -> Path:
     """Return where an operation puts its result number `index`, from 0."""
     return folder / f"result-{index}.{format_.value}"
+
+
+@contextmanager
+def full_disks_told() -> Iterator[None]:
+    """Raise NoRoom where a disk, or an account on it, has no room: libvips has only words for it."""
+    try:
+        yield
+    except MeshError:
+        raise
+    except Exception as fault:
+        if not any(said in str(fault) for said in FULL_DISK):
+            raise
+        raise NoRoom("There is no room to work in at present; try again later.", retry_after_seconds=60) from fault
 
 
 def name_ending(written: Written) -> str:

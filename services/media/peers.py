@@ -20,7 +20,7 @@ from google.rpc import status_pb2
 from mesh import channel, status
 from mesh.capability import CAPABILITY_KEY
 from mesh.errors import Internal, MeshError, Unavailable
-from services.media.domain import StorageUnavailable, Written, name_ending
+from services.media.domain import NoRoom, StorageUnavailable, Written, name_ending
 from services.media.renders import Original
 
 CHUNK_BYTES = 1024 * 1024
@@ -74,6 +74,7 @@ class Storage:
 
         Raises:
             StorageUnavailable: no instance took it.
+            NoRoom: none had room for it.
             MeshError: what storage refused it with.
         """
         size_bytes, content = await asyncio.to_thread(_small, written.path)
@@ -107,15 +108,18 @@ class Storage:
         return await self._somewhere(read)
 
     async def _somewhere(self, attempt: Callable[[str], Awaitable[T]]) -> T:
+        failure: Unavailable = StorageUnavailable("The files could not be reached.")
         for pause_seconds in (*PAUSES_SECONDS, None):
             for address in _shuffled(self._endpoints.addresses()):
                 try:
                     return await attempt(f"https://{address}")
+                except NoRoom as refusal:
+                    failure = refusal
                 except (aiohttp.ClientError, TimeoutError, Unavailable):
                     continue
             if pause_seconds is not None:
                 await asyncio.sleep(pause_seconds)
-        raise StorageUnavailable("The files could not be reached.")
+        raise failure
 
     def _headers(self, capability: str) -> dict[str, str]:
         return dict(channel.outgoing_metadata()) | {CAPABILITY_KEY: capability}
@@ -152,10 +156,14 @@ async def opened(endpoints: Endpoints, tls: ssl.SSLContext) -> AsyncIterator[Sto
 
 
 async def _require_success(response: aiohttp.ClientResponse) -> None:
+    if response.ok:
+        return
+    refusal = _refusal(response.status, await response.read())
+    if refusal.reason == NoRoom.reason:
+        raise NoRoom(refusal.message, retry_after_seconds=refusal.retry_after_seconds)
     if response.status >= 500:
         raise Unavailable(f"Storage answered {response.status}.")
-    if not response.ok:
-        raise _refusal(response.status, await response.read())
+    raise refusal
 
 
 def _refusal(code: int, body: bytes) -> MeshError:

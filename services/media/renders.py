@@ -6,16 +6,15 @@ Whoever asks has been found to own the original before; nothing here knows of pe
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from mesh.errors import InvalidArgument, ResourceExhausted, Unavailable
+from mesh.errors import InvalidArgument, ResourceExhausted
 from services.media.cache import FolderCache, Rendering
-from services.media.domain import Fit, Format, Resize, canonical, work_key
+from services.media.domain import Fit, Format, Resize, canonical, full_disks_told, work_key
 from services.media.processes import ENCODER, Slot
 
 MAX_SIDE_PX = 4096  # as the contract's bounds; also of a side that follows from the other
@@ -35,10 +34,6 @@ class RenderBusy(ResourceExhausted):
 
 class InputTooLarge(InvalidArgument):
     reason = "INPUT_TOO_LARGE"
-
-
-class NoRoom(Unavailable):
-    reason = "STORAGE_FULL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +182,8 @@ class Renders:
         except TimeoutError:
             raise _busy() from None
         try:
-            return await self._made_in(slot, render)
-        except OSError as error:
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-                raise
-            raise NoRoom("There is no room to work in at present; try again later.", retry_after_seconds=60) from error
+            with full_disks_told():
+                return await self._made_in(slot, render)
         finally:
             await asyncio.shield(self._cleared(slot))
 

@@ -78,6 +78,7 @@ def run(
         ModelMissing: no weights for it are there.
         ModelUnusable: the weights are there, and something is wrong with them.
         WorkerCrashed: the process that has the model died.
+        NoRoom: the disk is full.
     """
     opened = image.Source(source)
     others = {file_id: image.Source(path) for file_id, path in files.items()}
@@ -85,12 +86,13 @@ def run(
     if opened.format.is_opaque and any(step.is_transparent for step in steps):
         opened.format = domain.Format.PNG
     try:
-        formats = FORMATS[type(end)](end, opened)
-        still = any(step.still for step in steps)
-        frames = opened.frames(animated=not still and any(format_.holds_frames for format_ in formats))
-        for step in steps:
-            frames = frames.each(partial(_done, step, others))
-        return WRITE[type(end)](frames, end, opened, partial(domain.result_path, folder), progress)
+        with domain.full_disks_told():
+            formats = FORMATS[type(end)](end, opened)
+            still = any(step.still for step in steps)
+            frames = opened.frames(animated=not still and any(format_.holds_frames for format_ in formats))
+            for step in steps:
+                frames = frames.each(partial(_done, step, others))
+            return WRITE[type(end)](frames, end, opened, partial(domain.result_path, folder), progress)
     except pyvips.Error as fault:
         if is_out_of_memory(str(fault).lower()):
             raise domain.OutOfMemory("The image needs more memory than a worker has.") from fault

@@ -19,7 +19,7 @@ from mesh.broker import Broker, Delivery
 from mesh.errors import DeadlineExceeded, Internal, MeshError, Unavailable
 from mesh.together import Together
 from services.media.convert import operation_from
-from services.media.domain import Model, Work, canonical, resources_used, result_name
+from services.media.domain import Model, Work, canonical, full_disks_told, resources_used, result_name
 from services.media.peers import Storage
 from services.media.processes import ENCODER, Slot
 from services.media.worker.capacity import CPU, GPU
@@ -266,7 +266,8 @@ class Worker:
             if file_ids:
                 log.info("made before", extra={"task_id": task.task_id, "attempt": task.attempt})
                 return file_ids
-            return await self._make(assignment, operation, work, slot, progress)
+            with full_disks_told():
+                return await self._make(assignment, operation, work, slot, progress)
 
     async def _make(
         self,

@@ -47,6 +47,10 @@ class LeaseLost(Aborted):
     reason = "LEASE_LOST"
 
 
+class StorageFull(Unavailable):
+    reason = "STORAGE_FULL"
+
+
 class FileNotFound(NotFound):
     reason = "FILE_NOT_FOUND"
 
@@ -139,6 +143,7 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
         self.discarded: list[str] = []
         self.reads: list[str] = []
         self.away = False
+        self.full = False
         self.delay_seconds = 0.0
         self.asked = 0
         self.ignorant = False
@@ -164,6 +169,8 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
 
     async def write(self, request: Request) -> Response:
         content = await request.body()
+        if self.full:
+            raise StorageFull("Full.")
         capability = request.headers["x-atelier-capability"]
         index = request.query_params["index"]
         at = capability if index == "0" else f"{capability}-{index}"

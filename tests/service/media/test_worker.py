@@ -167,6 +167,27 @@ async def test_storage_away_for_long_is_transient(start: Start):
     assert (failure.error.reason, failure.transient) == ("STORAGE_UNAVAILABLE", True)
 
 
+async def test_a_storage_that_stays_full_is_told_as_that(start: Start):
+    world = await start()
+    world.storage.full = True
+
+    task_id = world.do()
+
+    failure = await eventually(lambda: world.tasks.failed.get(task_id), within_seconds=10)
+    assert (failure.error.reason, failure.transient) == ("STORAGE_FULL", True)
+
+
+async def test_a_worker_without_room_for_an_input_says_so(start: Start):
+    world = await start()
+    world.slots[0].make_folder()
+    (world.slots[0].folder / "input").symlink_to("/dev/full")
+
+    task_id = world.do()
+
+    failure = await eventually(lambda: world.tasks.failed.get(task_id))
+    assert (failure.error.reason, failure.transient) == ("STORAGE_FULL", True)
+
+
 async def test_a_cancelled_decode_is_stopped_within_two_seconds_and_its_memory_is_free(start: Start):
     world = await start()
     world.storage.inputs["fil_slow"] = ("slow.avif", slow_image())

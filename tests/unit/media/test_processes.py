@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mesh.errors import MeshError
+from mesh.errors import MeshError, Unavailable
 from services.media import domain, processes
 from services.media.processes import Slot
 from services.media.worker import cuda
@@ -72,6 +72,27 @@ async def test_an_encoder_that_gets_no_memory_is_no_bug(
         await slot.stop()
 
     assert outcome in ("OUT_OF_MEMORY", "WORKER_CRASHED", "done")  # GLib ends a process that gets none for itself
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        *(domain.Convert(format=format_) for format_ in domain.Format),  # written by libvips, but for a PDF
+        domain.Compress(max_bytes=100_000),
+        domain.Thumbnails(sizes=(domain.Resize(width=50),)),
+    ],
+    ids=lambda work: f"{type(work).__name__}-{getattr(work, 'format', None)}",
+)
+async def test_a_full_disk_is_no_bug(tmp_path: Path, work: domain.Work) -> None:
+    async with processes.opened(worker_config(tmp_path, slots=1)) as (slot,):
+        slot.make_folder()
+        for format_ in domain.Format:
+            domain.result_path(slot.folder, 0, format_).symlink_to("/dev/full")
+
+        with pytest.raises(Unavailable) as refusal:
+            await slot.run(work, photograph(), {}, slot.folder, lambda _share: None)
+
+    assert refusal.value.reason == "STORAGE_FULL"
 
 
 @pytest.fixture(params=["ImportError('libGL.so.1: cannot open shared object file')", "AttributeError('_ARRAY_API')"])
