@@ -130,7 +130,7 @@ class BytesEndpoints:
         if _names(request.headers.get("if-none-match", ""), headers["etag"]):
             return Response(status_code=304, headers=headers)
         wanted = None
-        if request.headers.get("if-range", headers["etag"]) == headers["etag"]:
+        if request.method == "GET" and request.headers.get("if-range", headers["etag"]) == headers["etag"]:
             wanted = byte_range(request.headers.get("range", ""), file.size_bytes)
         start, stop = wanted or (0, file.size_bytes)
         headers["content-length"] = str(stop - start)

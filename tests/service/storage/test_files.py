@@ -212,6 +212,17 @@ async def test_a_range_behind_the_end_is_refused(world):
     assert metadata(refusal)["size_bytes"] == "10"
 
 
+@pytest.mark.parametrize("range_", ["bytes=2-4", "bytes=10-"])
+async def test_head_knows_no_ranges(world, range_: str):
+    file_id = (await world.upload(b"0123456789")).json()["fileId"]
+
+    async with world.http(range=range_) as http:
+        head = await http.head(f"/api/v1/files/{file_id}/content")
+
+    assert (head.status_code, head.headers["content-length"]) == (200, "10")
+    assert "content-range" not in head.headers
+
+
 async def test_a_range_of_another_version_gives_the_whole(world):
     stored = (await world.upload(b"0123456789")).json()
 
