@@ -30,6 +30,7 @@ from mesh.intentions import Intentions
 
 # Longer than any client of the mesh keeps an idle connection: closed here, it might be in use again over there by then.
 KEEP_ALIVE_SECONDS = 75
+HEAD_BYTES = 128 * 1024  # the work of a result stands in its URL, and a pipeline full of emoji takes 87 KiB there
 LINGER_BYTES = 256 * 1024 * 1024  # beyond, the connection is closed under the sender's hands
 LINGER_SECONDS = 30.0
 SENDING_PAUSE_SECONDS = 1.0  # of a sender that waits for an answer
@@ -213,6 +214,7 @@ class _Config(uvicorn.Config):
             access_log=False,
             lifespan="off",
             proxy_headers=False,  # its peers are of the mesh
+            h11_max_incomplete_event_size=HEAD_BYTES,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=ceil(drain_seconds),  # it takes whole ones
         )

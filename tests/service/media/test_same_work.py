@@ -15,6 +15,7 @@ from atelier.storage.v1.storage_pb2_grpc import StorageServiceStub
 from atelier.task.v1 import task_pb2_grpc
 from sqlalchemy import text
 
+from mesh import bounds
 from services.media import domain, peers, processes
 from services.media.config import WorkerConfig
 from services.media.convert import operation_from
@@ -265,6 +266,20 @@ async def test_who_waits_for_another_hears_of_a_cancel_and_gives_its_slot_back(s
     failing = house.do(other)
     await eventually(lambda: house.tasks.failed.get(failing), within_seconds=10)
     assert task_id not in house.tasks.completed
+
+
+async def test_the_longest_pipeline_is_done(start: Start):
+    house = await start()
+    mark = media_pb2.Watermark(text=media_pb2.Watermark.Text(content="😀" * 200, font="A" * 64, colour="#ffffff"))
+    steps = [media_pb2.Pipeline.Step(watermark=mark) for _ in range(16)]
+    operation = media_pb2.Operation(pipeline=media_pb2.Pipeline(steps=steps))
+    bounds.check(operation)
+
+    task_id = house.do(await house.put(), operation)
+    ended = await eventually(lambda: {*house.tasks.completed, *house.tasks.failed}, within_seconds=60)
+
+    assert (ended, [*house.tasks.failed.values()]) == ({task_id}, [])
+    assert (await house.result(task_id)).provenance.operation == "pipeline"
 
 
 async def test_work_that_fails_keeps_nobody_waiting(start: Start):

@@ -554,7 +554,9 @@ class Work(_message.Message):
     ENCODER_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     operation: _builtins.str
-    """The operation with all its parameters, in the one JSON form of all that say the same."""
+    """The operation with all its parameters, in the one JSON form of all that say the same: ASCII, so that a letter may take
+    12 characters.
+    """
     encoder: _builtins.str
     """See File.Provenance.encoder."""
     model: _builtins.str
