@@ -38,6 +38,7 @@ _LOADERS: Mapping[str, Format | None] = {
 # What libvips' ICC code turns into sRGB faithfully. Scientific TIFFs (Lab, float, complex) come out wrong: refused.
 _COLOURS = {"srgb", "rgb", "b-w", "rgb16", "grey16", "cmyk"}
 _DEPTHS = {"uchar", "ushort"}
+_INKS = {"b-w": 1, "grey16": 1, "cmyk": 4}  # channels of colours, where they are not red, green and blue
 
 _UNBOUNDED_PX = 10_000_000  # libvips' VIPS_MAX_COORD: a box that shrinks nothing
 
@@ -204,6 +205,10 @@ class Source(Picture):
         self.own_format = _LOADERS[loader]
         self.format = self.own_format or Format.PNG
         self._frame_count = _field(header, "n-pages", 1) if self.format.holds_frames else 1
+        self._has_selection = (
+            loader == "VipsForeignLoadTiff" and header.bands > _inks(header) and tiff.has_selection(path)
+        )
+        self._is_deep_cmyk = header.interpretation == "cmyk" and header.format == "ushort"
         # `thumbnail` itself brings CMYK to sRGB, with or without a profile.
         self._profiled = (
             bool(header.get_typeof("icc-profile-data"))
@@ -224,6 +229,12 @@ class Source(Picture):
     def pixels(self, width: int = _UNBOUNDED_PX, height: int = _UNBOUNDED_PX, *, size: str = "down") -> Image:
         if (shrink := self._shrink(width, height)) > 1:
             image = Image.new_from_file(str(self.path), shrink=shrink, access="sequential", fail_on="error")
+            image = image.thumbnail_image(width, height=height, size=size)
+        elif self._has_selection or self._is_deep_cmyk:
+            image = Image.new_from_file(str(self.path), access="sequential", fail_on="error")
+            image = image[: _inks(image)] if self._has_selection else image
+            # libvips itself makes the inks 8 bits, and leaves the transparency as it is.
+            image = (image >> 8).cast("uchar") if self._is_deep_cmyk else image
             image = image.thumbnail_image(width, height=height, size=size)
         else:
             image = Image.thumbnail(str(self.path), width, height=height, size=size, fail_on="error")
@@ -401,8 +412,16 @@ def _require_acceptable(header: Image) -> None:
         raise InputUnsupported(
             "The image's colours are stored in a way that is not supported: use 8 or 16 bits of grey, RGB or CMYK.",
         )
+    if header.bands > _inks(header) + 1:  # libvips takes the last one for the transparency
+        raise InputUnsupported(
+            "The image has channels besides its colours and transparency: save it without spot colours and selections.",
+        )
     if _field(header, "heif-compression", "av1") != "av1":
         raise InputUnsupported("HEIC images are not supported: save the picture as JPEG or AVIF.")
+
+
+def _inks(image: Image) -> int:
+    return _INKS.get(image.interpretation, 3)
 
 
 def _require_budget(width: int, height: int, frames: int) -> None:

@@ -115,6 +115,20 @@ def test_scientific_pixels_are_refused(run, tmp_path):
         run(Convert(format=Format.PNG), tmp_path / "float.tif")
 
 
+@pytest.mark.parametrize(
+    ("interpretation", "bands"),
+    [("b-w", [200, 255, 0]), ("srgb", [200, 100, 50, 255, 0]), ("cmyk", [20, 100, 50, 0, 255, 0])],
+)
+def test_a_tiff_with_a_spot_colour_or_a_second_mask_is_refused(run, tmp_path, interpretation, bands):
+    image = (pyvips.Image.black(40, 30, bands=len(bands)) + bands).cast("uchar").copy(interpretation=interpretation)
+    image.tiffsave(str(tmp_path / "channels.tif"))
+
+    with pytest.raises(InputUnsupported) as refusal:
+        run(Convert(), tmp_path / "channels.tif")
+
+    assert "channel" in refusal.value.message
+
+
 def test_a_damaged_mark_is_named_as_damaged(run, coffee, rocket, tmp_path):
     cut = tmp_path / "mark"
     cut.write_bytes(rocket.read_bytes()[:9000])

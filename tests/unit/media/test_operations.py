@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -231,6 +233,42 @@ def test_every_way_to_store_colours_becomes_srgb(run, coffee, tmp_path, mode):
     assert result.mode == ("RGBA" if "A" in mode else "RGB")
     # CMYK has no one true meaning without a profile: the two readers differ, but not by much.
     assert near(result.getpixel((300, 200)), expected.getpixel((300, 200)), within=60 if mode == "CMYK" else 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_selection_that_was_saved_in_a_tiff_is_no_transparency(run, coffee, tmp_path, mode):
+    interpretation = {"L": "b-w", "RGB": "srgb", "CMYK": "cmyk"}[mode]
+    opaque = pyvips.Image.new_from_array(np.asarray(Image.open(coffee).convert(mode)), interpretation=interpretation)
+    opaque.tiffsave(str(tmp_path / "opaque.tif"))
+    opaque.bandjoin(pyvips.Image.xyz(600, 400)[0] > 300).tiffsave(str(tmp_path / "selected.tif"))
+    say_that_it_is_no_alpha(tmp_path / "selected.tif")
+
+    expected, _ = run(Resize(width=100, format=Format.PNG), tmp_path / "opaque.tif")
+    result, _ = run(Resize(width=100, format=Format.PNG), tmp_path / "selected.tif")
+
+    assert result.mode == "RGB"
+    assert result.tobytes() == expected.tobytes()
+
+
+def say_that_it_is_no_alpha(path: Path) -> None:
+    """Write that it is unspecified into a TIFF's ExtraSamples (338)."""
+    content = path.read_bytes()
+    order = "<" if content.startswith(b"II") else ">"
+    head = struct.pack(order + "HHI", 338, 3, 1)
+    assert content.count(head) == 1
+    at = content.index(head) + len(head)
+    path.write_bytes(content[:at] + bytes(4) + content[at + 4 :])
+
+
+def test_cmyk_of_16_bits_keeps_its_transparency(run, tmp_path):
+    inks = [5140, 25700, 12850, 0, 32896]
+    image = (pyvips.Image.black(40, 30, bands=5) + inks).cast("ushort")
+    image.copy(interpretation="cmyk").tiffsave(str(tmp_path / "inks.tif"))
+
+    result, _ = run(Convert(format=Format.PNG), tmp_path / "inks.tif")
+
+    assert near(result.getpixel((20, 20)), (227, 157, 167), within=3)
+    assert result.getpixel((20, 20))[3] == 128
 
 
 def test_a_wide_profile_is_converted_to_srgb(run, tmp_path):
