@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 from pyvips import Image
 
-from services.media.domain import Defocus, Model, RemoveBackground
+from services.media.domain import WHITE, Defocus, Model, RemoveBackground
 from services.media.operations import models
-from services.media.operations.image import Made, Picture, Source, rgb
+from services.media.operations.image import Made, Picture, Source, flattened, rgb
 
 FOCUS_PX = 4.0  # a blur is computed where its standard deviation is this: no eye sees the rest
 
@@ -29,8 +29,7 @@ def run(picture: Picture, operation: RemoveBackground, files: Mapping[str, Sourc
     elif operation.blur:
         behind = _blurred(picture, alpha, operation.blur)
     elif operation.image:
-        behind = files[operation.image.file_id].filling(pixels.width, pixels.height)
-        behind = behind.flatten(background=[255, 255, 255]) if behind.hasalpha() else behind
+        behind = flattened(files[operation.image.file_id].filling(pixels.width, pixels.height), WHITE)
     else:
         cut = pixels.bandjoin(alpha)
         # Colours that nobody sees are not worth their bytes.
@@ -41,8 +40,7 @@ def run(picture: Picture, operation: RemoveBackground, files: Mapping[str, Sourc
 def _alpha(picture: Picture) -> Image:
     """Return how much of each pixel is foreground, 0..255, in the size of the image."""
     model = models.present().model("remove_background")
-    small = picture.pixels(model.side_px, model.side_px, size="force")
-    small = small.flatten(background=[255, 255, 255]) if small.hasalpha() else small
+    small = flattened(picture.pixels(model.side_px, model.side_px, size="force"), WHITE)
     (found,) = models.present().run(model, _item(small, model))[:, 0]
     low, high = float(found.min()), float(found.max())
     share = (found - low) / max(high - low, 1e-6)  # as the model was trained to be read
@@ -64,7 +62,7 @@ def _blurred(picture: Picture, alpha: Image, blur: Defocus) -> Image:
     width, height = picture.width, picture.height
     shrink = max(1.0, blur.radius * max(width, height) / FOCUS_PX)
     small_width, small_height = max(1, round(width / shrink)), max(1, round(height / shrink))
-    small = picture.pixels(small_width, small_height, size="force")[:3]
+    small = flattened(picture.pixels(small_width, small_height, size="force"), WHITE)
     outside = 255 - alpha.thumbnail_image(small_width, height=small_height, size="force")
     sigma = blur.radius * max(width, height) / shrink
     weight = (outside + 1).cast("float").gaussblur(sigma, precision="float")  # + 1: something behind everything

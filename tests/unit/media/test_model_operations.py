@@ -182,6 +182,17 @@ def test_what_was_transparent_shows_the_blurred_background(run, holed):
     assert hole.std(axis=(0, 1)).max() < 12
 
 
+@pytest.mark.parametrize("radius", [0.02, 0.1])
+def test_what_was_transparent_shows_no_hidden_colours(run, tmp_path, coffee, radius):
+    image = Image.open(coffee).convert("RGBA")
+    image.paste((255, 0, 255, 0), (0, 0, 120, 400))
+    image.save(tmp_path / "hiding.png")
+
+    result, _ = run(RemoveBackground(blur=Defocus(radius=radius)), tmp_path / "hiding.png")
+
+    assert near(result.getpixel((10, 10)), (255, 255, 255))
+
+
 def test_a_cut_out_is_a_step_of_a_pipeline(run, coffee):
     steps = (Step(resize=Resize(width=300)), Step(remove_background=RemoveBackground()))
     result, _ = run(Pipeline(steps=steps), coffee)
