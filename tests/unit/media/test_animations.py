@@ -101,6 +101,35 @@ def test_where_the_format_holds_no_frames_the_first_is_used(run, animation, form
     assert near(result.convert("RGB").getpixel((2, 20)), COLOURS[0], within=20)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "delay", "size"),
+    [
+        ("001122334455", 40, (120, 80)),
+        ("011111223333", 0, (120, 80)),
+        ("000000", 40, (120, 80)),
+        ("000000011111", 40, (300, 300)),  # a sample of its frames decides
+    ],
+)
+def test_frames_that_webp_joins_are_compared_by_their_times(run, coffee, tmp_path, numbers, delay, size):
+    scene = Image.open(coffee).resize(size)
+    frames = [scene.copy() for _ in numbers]
+    for frame, number in zip(frames, map(int, numbers), strict=True):
+        frame.paste((200, 30, 30), (10 + 15 * number, 10, 30 + 15 * number, 30))
+    roll = pyvips.Image.arrayjoin(
+        [pyvips.Image.new_from_array(frame, interpretation="srgb") for frame in frames], across=1
+    )
+    roll = roll.copy()
+    roll.set_type(pyvips.GValue.gint_type, "page-height", scene.height)
+    roll.set_type(pyvips.GValue.array_int_type, "delay", [delay] * len(frames))
+    roll.gifsave(str(tmp_path / "recording.gif"), keep_duplicate_frames=True)
+
+    result, written = run(Optimise(), tmp_path / "recording.gif")
+    _, asked_for = run(Optimise(format=Format.WEBP), tmp_path / "recording.gif")
+
+    assert (written.format, asked_for.format) == (Format.WEBP, Format.WEBP)
+    assert getattr(result, "n_frames", 1) == len(set(numbers))
+
+
 # How an upright picture is stored for each orientation (EXIF 2.32, 4.6.5.1.6).
 STORED = {
     1: None,
