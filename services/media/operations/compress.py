@@ -23,7 +23,8 @@ def write(frames: Frames, operation: Compress, source: Source, place: Place, pro
         pixels = image.flattened(pixels, domain.WHITE)
     pixels = pixels.copy_memory()  # decoded once for all encodings
     steps = ladder(format_, operation.min_quality)
-    most = len(steps) if format_ is Format.PNG else len(steps).bit_length()  # encodings
+    is_in_order = format_ not in (Format.PNG, Format.GIF)  # fewer colours may take more bytes: they are dithered
+    most = len(steps).bit_length() if is_in_order else len(steps)  # encodings
     files: dict[int, bytes] = {}
 
     def fits(step: int) -> bool:
@@ -31,10 +32,10 @@ def write(frames: Frames, operation: Compress, source: Source, place: Place, pro
         progress(len(files) / most)
         return len(files[step]) <= operation.max_bytes
 
-    if format_ is Format.PNG:  # fewer colours may take more bytes: what a palette lacks is dithered
-        found = next(filter(fits, range(len(steps))), len(steps))
-    else:
+    if is_in_order:
         found = bisect_left(range(len(steps)), True, key=fits)
+    else:
+        found = next(filter(fits, range(len(steps))), len(steps))
     if found == len(steps):
         smallest = min(map(len, files.values()))
         raise TargetUnreachable(
@@ -52,5 +53,5 @@ def ladder(format_: Format, min_quality: int) -> Sequence[Mapping[str, Any]]:
     if format_ is Format.PNG:
         return [{}, *({**image.PALETTE, "bitdepth": bits} for bits in (8, 4, 2, 1))]
     if format_ is Format.GIF:
-        return [{"bitdepth": bits} for bits in range(8, 0, -1)]
+        return [{"bitdepth": bits} for bits in (8, 6, 5, 4, 3, 2, 1)]
     return [{"Q": quality} for quality in range(100, min_quality - 1, -1)]

@@ -62,6 +62,20 @@ def test_a_png_that_fits_as_it_is_loses_no_colours(run, tmp_path):
     assert result.convert("RGB").tobytes() == before.tobytes()
 
 
+def test_a_gif_that_fits_as_it_is_loses_no_colours(run, tmp_path):
+    """With 16 of its 25 colours it is larger: what a palette lacks is dithered."""
+    chart = Image.new("RGB", (320, 200), (255, 255, 255))
+    for number in range(24):
+        colour = (number * 37 % 256, number * 91 % 256, number * 53 % 256)
+        chart.paste(colour, (10 + number * 12, 10 + number * 29 % 120, 20 + number * 12, 190))
+    chart.save(tmp_path / "chart.gif")
+    _, whole = run(Compress(max_bytes=1_000_000), tmp_path / "chart.gif")
+
+    result, _ = run(Compress(max_bytes=whole.path.stat().st_size), tmp_path / "chart.gif")
+
+    assert result.convert("RGB").tobytes() == chart.tobytes()
+
+
 def test_a_png_that_cannot_be_so_small_says_the_least_of_all_it_tried(run, tmp_path):
     gradient(tmp_path / "gradient.png")
 
