@@ -22,12 +22,27 @@ def run(picture: Picture, operation: Upscale, _files: Mapping[str, Source]) -> I
     model = models.present().model("upscale")
     require_writable(picture.width * model.scale, picture.height * model.scale)  # what is held in memory
     pixels: Bytes = picture.pixels().numpy()
-    large = Image.new_from_array(_enlarged(pixels[..., :3], model)).copy(interpretation="srgb")
+    is_opaque = pixels.shape[2] == 3
+    colours = pixels if is_opaque else _seen(pixels, model.margin_px)
+    large = Image.new_from_array(_enlarged(colours, model)).copy(interpretation="srgb")
     large = _sized(large, width, height, "lanczos3")
-    if pixels.shape[2] == 4:
+    if not is_opaque:
         alpha = Image.new_from_array(np.ascontiguousarray(pixels[..., 3]))
         large = large.bandjoin(_sized(alpha, width, height, "lanczos3"))
     return large
+
+
+def _seen(pixels: Bytes, reach_px: int) -> Bytes:
+    """Return the colours of `pixels` (rows, columns, 4), those of what is seen nearby where alpha is 0.
+
+    What is hidden there would come out at the edges of what is seen, as far from them as the model looks.
+    """
+    image = Image.new_from_array(pixels)
+    alpha, sigma = image[3], max(1, reach_px)  # the blur reaches farther than its sigma
+    weight = alpha.cast("float").gaussblur(sigma, precision="float")
+    nearby = (image[:3] * alpha).cast("float").gaussblur(sigma, precision="float") / weight  # 0 / 0 is 0 to libvips
+    seen: Bytes = (alpha == 0).ifthenelse(nearby.rint().cast("uchar"), image[:3]).numpy()
+    return seen
 
 
 def _sized(image: Image, width: int, height: int, kernel: str) -> Image:

@@ -262,6 +262,19 @@ def test_transparency_is_enlarged_too(run, tmp_path):
     assert (result.getpixel((20, 40))[3], result.getpixel((120, 40))[3]) == (0, 255)
 
 
+@pytest.mark.parametrize("hidden", [(0, 0, 0, 0), (255, 0, 255, 0)], ids=["black", "magenta"])
+def test_hidden_colours_do_not_come_out_at_edges(run, tmp_path, hidden):
+    logo = Image.new("RGBA", (150, 60), hidden)
+    logo.paste((255, 255, 255, 255), (40, 15, 110, 45))
+    logo.save(tmp_path / "logo.png")
+
+    result, _ = run(Upscale(), tmp_path / "logo.png")
+
+    on_white = Image.new("RGBA", result.size, (255, 255, 255, 255))
+    on_white.alpha_composite(result)
+    assert np.asarray(on_white).min() >= 254
+
+
 def test_what_would_be_too_large_is_refused_before_its_pixels_are_read(run, tmp_path):
     huge = huge_png(tmp_path / "huge.png", 9000)
 
