@@ -61,6 +61,7 @@ def seeds() -> dict[str, bytes]:
         "gif animated": saved("GIF", save_all=True, append_images=turned(), duration=40, loop=2),
         "avif": saved("AVIF", quality=60),
         "avif transparent": saved("AVIF", transparent()),
+        "avif animated": saved("AVIF", save_all=True, append_images=turned(), duration=40),
         "tiff": saved("TIFF"),
         "tiff lzw": saved("TIFF", compression="tiff_lzw"),
         "tiff deflate": saved("TIFF", compression="tiff_adobe_deflate"),
@@ -257,7 +258,7 @@ def _enormous() -> Iterator[tuple[str, bytes]]:
 
 def _cut_off() -> Iterator[tuple[str, bytes]]:
     for name, whole in seeds().items():
-        if name in ("gif animated", "tiff pages"):
+        if name in ("gif animated", "avif animated", "tiff pages"):
             continue  # what is there is shown, as everywhere
         for share in (0.1, 0.5, 0.9):
             yield f"{name}, {share:.0%} of it", whole[: max(20, int(len(whole) * share))]

@@ -197,8 +197,9 @@ class Source(Picture):
             raise InputUnsupported(
                 "The file is a camera's raw picture (as NEF, CR2, ARW and DNG are): develop it, and save it as JPEG."
             )
+        self._is_animated_avif = _is_animated_avif(path)
         try:
-            header = Image.new_from_file(str(path), access="sequential")
+            header = self._opened()
         except pyvips.Error as fault:
             raise damaged() from fault
         _require_acceptable(header)
@@ -227,11 +228,9 @@ class Source(Picture):
         )
 
     def pixels(self, width: int = _UNBOUNDED_PX, height: int = _UNBOUNDED_PX, *, size: str = "down") -> Image:
-        if (shrink := self._shrink(width, height)) > 1:
-            image = Image.new_from_file(str(self.path), shrink=shrink, access="sequential", fail_on="error")
-            image = image.thumbnail_image(width, height=height, size=size)
-        elif self._has_selection or self._is_deep_cmyk:
-            image = Image.new_from_file(str(self.path), access="sequential", fail_on="error")
+        options = {"shrink": shrink} if (shrink := self._shrink(width, height)) > 1 else {}
+        if options or self._has_selection or self._is_deep_cmyk or self._is_animated_avif:
+            image = self._opened(fail_on="error", **options)
             image = image[: _inks(image)] if self._has_selection else image
             # libvips itself makes the inks 8 bits, and leaves the transparency as it is.
             image = (image >> 8).cast("uchar") if self._is_deep_cmyk else image
@@ -265,7 +264,7 @@ class Source(Picture):
         if not (animated and self.is_animated):
             return Frames([self])
         _require_budget(self.width, self.height, self._frame_count)
-        roll = Image.new_from_file(str(self.path), n=-1, access="sequential", fail_on="error")
+        roll = self._opened(n=-1, fail_on="error")
         roll = self._in_srgb(roll).copy_memory()
         roll.remove("page-height")  # no frame is a roll
         width, height = self._stored
@@ -293,9 +292,13 @@ class Source(Picture):
         """
         options = {"n": -1} if self.is_animated else {}
         try:
-            Image.new_from_file(str(self.path), access="sequential", fail_on="error", **options).avg()
+            self._opened(fail_on="error", **options).avg()
         except pyvips.Error as fault:
             raise damaged() from fault
+
+    def _opened(self, **options: Any) -> Image:
+        load = Image.heifload if self._is_animated_avif else Image.new_from_file
+        return load(str(self.path), access="sequential", **options)
 
     def _in_srgb(self, image: Image) -> Image:
         if self._profiled:
@@ -397,8 +400,14 @@ def _sniffed(path: Path) -> str | None:
     name = pyvips.vips_lib.vips_foreign_find_load(str(path).encode())
     if name == pyvips.ffi.NULL:
         pyvips.vips_lib.vips_error_clear()
-        return None
+        return "VipsForeignLoadHeif" if _is_animated_avif(path) else None
     return str(pyvips.ffi.string(name).decode()).removesuffix("File")
+
+
+def _is_animated_avif(path: Path) -> bool:
+    """Tell whether a file is what libvips can read, and does not know by its signature."""
+    with path.open("rb") as file:
+        return file.read(12)[4:] == b"ftypavis"
 
 
 def _require_acceptable(header: Image) -> None:

@@ -130,6 +130,20 @@ def test_frames_that_webp_joins_are_compared_by_their_times(run, coffee, tmp_pat
     assert getattr(result, "n_frames", 1) == len(set(numbers))
 
 
+@pytest.mark.parametrize(
+    "operation", [Convert(), Resize(width=60, format=Format.GIF), Optimise()], ids=lambda each: type(each).__name__
+)
+def test_of_an_animated_avif_the_first_frame_is_used(run, tmp_path, operation):
+    first, *others = [Image.new("RGB", (120, 80), colour) for colour in COLOURS]
+    first.save(tmp_path / "animation.avif", save_all=True, append_images=others, duration=100)
+    assert (tmp_path / "animation.avif").read_bytes()[4:12] == b"ftypavis"
+
+    result, _ = run(operation, tmp_path / "animation.avif")
+
+    assert getattr(result, "n_frames", 1) == 1
+    assert near(result.convert("RGB").getpixel((2, 20)), COLOURS[0], within=20)
+
+
 # How an upright picture is stored for each orientation (EXIF 2.32, 4.6.5.1.6).
 STORED = {
     1: None,
