@@ -13,7 +13,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-FILE = os.environ.get("ATELIER_TEST_MEASURED")
+FILE = os.environ.pop("ATELIER_TEST_MEASURED", None)  # not for the runs that tests begin
 HEAD = """# Measured
 
 What the tests of some requirements saw when they ran with their stated counts. Written by `scripts/test --full`.
