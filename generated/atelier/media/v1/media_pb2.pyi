@@ -881,10 +881,10 @@ class RenderFileRequest(_message.Message):
     height: _builtins.int
     """Pixels."""
     fit: Global___Resize.Fit.ValueType
-    """How the image meets the box; default FIT_INSIDE. `fill` stands for FIT_FILL, and so on."""
+    """How the image meets the box; default FIT_INSIDE. A short name will do, e.g. `fill`."""
     format: Global___Format.ValueType
     """Default: AVIF or WebP if the header `Accept` names it, else the input's format, or PNG where that cannot be
-    written. `webp` stands for FORMAT_WEBP, and so on.
+    written. A short name will do, e.g. `webp`.
     """
     quality: _builtins.int
     """1..100, for lossy formats; default 80."""
