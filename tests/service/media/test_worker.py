@@ -8,6 +8,7 @@ import signal
 import time
 
 import psutil
+import pytest
 from atelier.media.v1 import media_pb2
 from PIL import Image
 
@@ -157,24 +158,15 @@ async def test_storage_away_is_waited_for(start: Start):
     await eventually(lambda: task_id in world.tasks.completed)
 
 
-async def test_storage_away_for_long_is_transient(start: Start):
+@pytest.mark.parametrize(("state", "reason"), [("away", "STORAGE_UNAVAILABLE"), ("full", "STORAGE_FULL")])
+async def test_storage_that_stays_away_or_full_is_transient(start: Start, state: str, reason: str):
     world = await start()
-    world.storage.away = True
+    setattr(world.storage, state, True)
 
     task_id = world.do()
 
     failure = await eventually(lambda: world.tasks.failed.get(task_id), within_seconds=10)
-    assert (failure.error.reason, failure.transient) == ("STORAGE_UNAVAILABLE", True)
-
-
-async def test_a_storage_that_stays_full_is_told_as_that(start: Start):
-    world = await start()
-    world.storage.full = True
-
-    task_id = world.do()
-
-    failure = await eventually(lambda: world.tasks.failed.get(task_id), within_seconds=10)
-    assert (failure.error.reason, failure.transient) == ("STORAGE_FULL", True)
+    assert (failure.error.reason, failure.transient) == (reason, True)
 
 
 async def test_a_worker_without_room_for_an_input_says_so(start: Start):
