@@ -471,6 +471,7 @@ def _postgresql_engine(url: URL, *, read_only: bool = False) -> AsyncEngine:
         # What most of them do: another one for a transaction costs as much as a statement.
         isolation_level="AUTOCOMMIT" if read_only else "READ COMMITTED",
         pool_size=CONNECTIONS,
+        pool_use_lifo=True,  # a warm connection costs PostgreSQL a tenth less than the one that rested longest
         max_overflow=0,
         pool_timeout=WRITER_WAIT_SECONDS,
         hide_parameters=True,  # of failed statements, in logs: among them are keys and hashes of passwords
