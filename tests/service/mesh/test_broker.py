@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -381,6 +382,25 @@ async def test_the_depth_counts_what_waits_and_a_missing_queue_holds_nothing(ope
 
     assert missing == 0
     await eventually(counted)
+
+
+@pytest.mark.parametrize("present", [True, False], ids=["present", "missing"])
+async def test_a_question_that_is_asked_every_second_for_months_leaves_nothing_behind(
+    opened: Broker, queue: str, present: bool
+) -> None:
+    if present:
+        await declare(opened, queue)
+
+    async def objects_after(questions: int) -> int:
+        for _ in range(questions):
+            await opened.consumers(queue)
+        await asyncio.sleep(0.1)
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = await objects_after(20)
+
+    assert await objects_after(100) - before < 100
 
 
 async def test_a_broadcast_reaches_every_listener(opened: Broker, node: rabbitmq.Node, queue: str) -> None:
