@@ -237,7 +237,11 @@ class _Follower:
         fresh = Pems(self._certificate["CertPEM"].encode(), self._certificate["PrivateKeyPEM"].encode(), self._roots)
         if self.leaf.done() and self.leaf.result().present == fresh:
             return
-        write(self._folder, fresh)
+        try:
+            write(self._folder, fresh)
+        except OSError:  # a full disk: Consul answers once a minute at least, which is soon enough to try again
+            log.exception("the certificate could not be kept; the one before stays")
+            return
         if self.leaf.done():
             self.leaf.result().present = fresh
         else:

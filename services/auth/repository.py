@@ -28,6 +28,8 @@ from services.auth.tables import lock_table, refresh_token, signing_key
 from services.auth.tables import revocation as revocation_table
 from services.auth.tables import session as session_table
 
+ENDED_AT_ONCE = 1000  # sessions in one statement: PostgreSQL takes 65,535 values
+
 
 class SqlSessions:
     """Satisfies `domain.Sessions`. One transaction per method."""
@@ -144,15 +146,16 @@ async def _revoke(connection: AsyncConnection, which: Any, now: datetime) -> Non
     """End sessions, and revoke the access tokens of those that may have valid ones."""
     ending = select(session_table.c.session_id).where(which, session_table.c.revoke_time.is_(None))
     # Locked before their tokens are looked at; in one order, so that two who end several do not wait for each other.
-    found = await connection.scalars(ending.order_by(session_table.c.session_id).with_for_update())
-    ended = session_table.c.session_id.in_(found.all())
+    found = (await connection.scalars(ending.order_by(session_table.c.session_id).with_for_update())).all()
     recent = exists().where(
         refresh_token.c.session_id == session_table.c.session_id,
         refresh_token.c.expire_time > recently_refreshed(now),
     )
-    in_use = await connection.scalars(select(session_table.c.session_id).where(ended, recent))
-    await _refuse(connection, [session_revocation(session_id, now) for session_id in in_use], now)
-    await connection.execute(update(session_table).where(ended).values(revoke_time=now))
+    for start in range(0, len(found), ENDED_AT_ONCE):
+        ended = session_table.c.session_id.in_(found[start : start + ENDED_AT_ONCE])
+        in_use = await connection.scalars(select(session_table.c.session_id).where(ended, recent))
+        await _refuse(connection, [session_revocation(session_id, now) for session_id in in_use], now)
+        await connection.execute(update(session_table).where(ended).values(revoke_time=now))
 
 
 async def _refuse(connection: AsyncConnection, revocations: Sequence[Revocation], now: datetime) -> None:

@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import httpcore
 
@@ -89,7 +90,13 @@ class HttpPosts:
         )
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Outcome:
-        sent = {"content-type": "application/json", "user-agent": USER_AGENT, "connection": "close", **headers}
+        sent = {
+            "host": _host(url),
+            "content-type": "application/json",
+            "user-agent": USER_AGENT,
+            "connection": "close",
+            **headers,
+        }
         try:
             async with asyncio.timeout(self._seconds):
                 async with self._pool.stream("POST", url, headers=list(sent.items()), content=body) as response:
@@ -208,6 +215,12 @@ class Sender:
             return Outcome(failure=Failure.WEBHOOK_DELETED)
         headers = webhooks.headers(claimed.delivery, claimed.secrets, self._clock.now())
         return await self._posts.post(claimed.url, headers, claimed.delivery.body.encode())
+
+
+def _host(url: str) -> str:
+    """Return what a URL's server is to be called; httpcore would leave out the brackets of an IPv6 address."""
+    parts = urlsplit(url)
+    return parts.netloc.removesuffix({"http": ":80", "https": ":443"}[parts.scheme])
 
 
 def _is_tls(failure: BaseException | None) -> bool:

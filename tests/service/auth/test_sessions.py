@@ -4,7 +4,7 @@ from datetime import timedelta
 import pytest
 from atelier.auth.v1 import auth_pb2 as pb
 from atelier.user.v1 import user_pb2
-from sqlalchemy import select
+from sqlalchemy import exists, insert, select
 
 from mesh import lock
 from mesh.errors import PermissionDenied, Unauthenticated, Unavailable
@@ -175,6 +175,18 @@ async def test_revoking_all_sessions_ends_those_of_that_user_only(home):
 
     assert (await refused(Unauthenticated, home.refreshed(there.refresh_token))).reason == "SESSION_REVOKED"
     assert await home.refreshed(another.refresh_token)
+
+
+async def test_all_sessions_of_who_signs_in_all_day_are_ended(home):
+    tokens, now = await home.issued(), home.clock.now()
+    many = [{"session_id": f"ses_{number}", "user_id": "usr_1", "create_time": now} for number in range(70_000)]
+    async with home.sql.transaction() as connection:
+        await connection.execute(insert(session_table), many)
+
+    await home.revoke(tokens.refresh_token, all_sessions=True)
+
+    async with home.sql.reading() as connection:
+        assert not await connection.scalar(select(exists().where(session_table.c.revoke_time.is_(None))))
 
 
 async def test_revoking_what_is_unknown_succeeds(home):

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+from aiohttp import web
 from atelier.task.v1 import task_pb2, task_pb2_grpc
 from cryptography import x509
 from starlette.requests import Request
@@ -24,6 +25,7 @@ from mesh.channel import MeshChannel
 from mesh.config import ServiceConfig
 from scripts.local import authority
 from tests.authority import TestAuthority, grpc_client, leaf
+from tests.eventually import eventually
 from tests.mesh_server import SERVICE, Server, headers, serving
 
 UPLOAD = "/atelier.storage.v1.StorageService/UploadFile"
@@ -164,14 +166,14 @@ def test_nobody_else_reads_a_key_and_a_reader_never_sees_parts_of_two(tmp_path: 
     assert len([path for path in kept if path.is_dir()]) == 2  # the newest, and the one before for whoever is reading
 
 
-def config(folder: Path) -> ServiceConfig:
+def config(folder: Path, consul_url: str = "http://127.0.0.1:9") -> ServiceConfig:
     class Config(ServiceConfig):
         service = "task"
 
     (folder / "consul.task").write_text("token")
     return Config.model_validate(
         {
-            "ATELIER_CONSUL_URL": "http://127.0.0.1:9", "ATELIER_BROKER_URL": "", "ATELIER_CONTROL_ADDRESSES": "",
+            "ATELIER_CONSUL_URL": consul_url, "ATELIER_BROKER_URL": "", "ATELIER_CONTROL_ADDRESSES": "",
             "ATELIER_DATA_DIR": folder, "ATELIER_SECRETS_DIR": folder, "ATELIER_INSTANCE": "task-1",
         }
     )  # fmt: skip
@@ -199,6 +201,59 @@ async def test_what_is_kept_and_cannot_be_used_is_not(
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.3), certificates.kept(config(tmp_path)):
             pass
+
+
+class Signing:
+    """Stands for Consul: its root, and the newest of `leaves`, at once each time, as when the time of a wait is up."""
+
+    def __init__(self) -> None:
+        self.authority = TestAuthority()
+        self.leaves = [self.authority.pems("task")]
+        self.told: list[Pems] = []
+
+    def renew(self) -> Pems:
+        self.leaves.append(self.authority.pems("task"))
+        return self.leaves[-1]
+
+    async def answer(self, request: web.Request) -> web.Response:
+        found: dict[str, object] = {}
+        if request.path.endswith("/ca/roots"):
+            found = {"Roots": [{"RootCert": self.authority.root.certificate_pem}]}
+        elif request.path.endswith("/leaf/task"):
+            newest = self.leaves[-1]
+            self.told.append(newest)
+            found = {"CertPEM": newest.certificate.decode(), "PrivateKeyPEM": newest.key.decode()}
+        await asyncio.sleep(0.02)
+        return web.json_response(found, headers={"X-Consul-Index": str(len(self.leaves))})
+
+
+@pytest.fixture
+async def signing() -> AsyncIterator[tuple[Signing, str]]:
+    consul, application = Signing(), web.Application()
+    application.router.add_get("/{path:.*}", consul.answer)
+    runner = web.AppRunner(application, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield consul, f"http://127.0.0.1:{runner.addresses[0][1]}"
+    await runner.cleanup()
+
+
+async def test_a_certificate_that_the_disk_did_not_take_is_kept_later(
+    tmp_path: Path, signing: tuple[Signing, str]
+) -> None:
+    consul, url = signing
+    folder, aside = tmp_path / "identity" / "task-1", tmp_path / "aside"
+    async with certificates.kept(config(tmp_path, url)) as kept:
+        folder.rename(aside)
+        folder.touch()  # where a folder was: it cannot be written to
+        renewed = consul.renew()
+        await eventually(lambda: renewed in consul.told)
+        await asyncio.sleep(0.2)
+        folder.unlink()
+        aside.rename(folder)
+
+        await eventually(lambda: kept.present == renewed)
+        assert Leaf.of(folder).present == renewed
 
 
 def test_two_roots_are_trusted_whatever_ends_their_last_lines() -> None:
