@@ -417,7 +417,7 @@ class _Link:
 
 def _deliveries(message: AbstractIncomingMessage) -> list[Delivery]:
     if message.content_type == events.BATCH:
-        with suppress(ValueError, KeyError):  # what is no batch its handler refuses
+        with suppress(Exception):  # what is no batch, in whatever way, its handler refuses
             return [
                 Delivery(body=each.body, type=each.routing_key, message_id=each.message_id, headers=each.headers)
                 for each in events.unbatched(message.body)

@@ -267,12 +267,13 @@ async def test_of_events_published_together_one_that_cannot_be_handled_is_set_as
     assert (letter.message_id, letter.body, letter.headers["traceparent"]) == ("tsk_2/1", b"poison", TRACEPARENT)
 
 
-async def test_a_batch_that_is_none_is_set_aside(opened: Broker, queue: str) -> None:
+@pytest.mark.parametrize("body", [b"[{", b"[1]"])
+async def test_a_batch_that_is_none_is_set_aside(opened: Broker, queue: str, body: bytes) -> None:
     async def handle(deliveries: Sequence[Delivery]) -> None:
         raise ValueError(deliveries[0].body)
 
     await declare(opened, queue)
-    await opened.publish(replace(permit(queue, b"[{"), content_type=events.BATCH))
+    await opened.publish(replace(permit(queue, body), content_type=events.BATCH))
     async with background(opened.consume_together(queue, handle, at_most=10)):
 
         async def set_aside() -> bool:
