@@ -244,6 +244,7 @@ class Broker:
                 transport = connection.transport
                 if transport is None:
                     raise ConnectionError("the connection has just been closed")
+                await transport.ready()  # while the broker takes nothing, channels would pile up
                 # A channel of its own: asking for a queue that is missing closes it. Of aiormq: each one of aio-pika's
                 # (10.2) leaves 31 objects with its connection, for as long as that lasts.
                 channel = await transport.connection.channel(publisher_confirms=False)

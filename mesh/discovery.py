@@ -27,6 +27,7 @@ FORGET_AFTER = "1m"  # the shortest that Consul takes; traffic follows `passing`
 ANSWER_SECONDS = 2.0  # of an agent on the same machine: one that hangs must not hold up a stop
 HEAL_SECONDS = 3.0  # a wiped registry has everyone back well within 15 s
 LONGEST_PAUSE_SECONDS = 5.0
+META_BYTES = 512  # in a value of an instance's meta
 WAIT = "60s"  # of a blocking query; short enough that a lost connection does not go unnoticed for long
 
 log = logging.getLogger(__name__)
@@ -173,7 +174,9 @@ async def _register(client: consul.aio.Consul, registration: Registration) -> No
 
 def _meta(registration: Registration) -> dict[str, str]:
     """Return what an instance says of itself: who it is for, and which process made the entry."""
-    return {"version": VERSION, "process": str(os.getpid()), **registration.meta}
+    said = {"version": VERSION, "process": str(os.getpid()), **registration.meta}
+    # Consul refuses the whole registration for one value that is longer.
+    return {key: value.encode()[:META_BYTES].decode(errors="ignore") for key, value in said.items()}
 
 
 PASSING = "passing"

@@ -12,8 +12,6 @@ from pydantic import ConfigDict, ValidationError, create_model
 from mesh import discovery
 from mesh.config import ServiceConfig
 
-META_CHARACTERS = 500  # Consul takes 512 in a value of an instance's meta
-
 log = logging.getLogger(__name__)
 
 
@@ -64,8 +62,8 @@ class Live:
 
     def _said(self, refusal: str) -> None:
         present = {name: getattr(self._config, name) for name in sorted(self._config.live)}
-        self.meta["settings"] = json.dumps(present)[:META_CHARACTERS]
-        self.meta["settings_refused"] = refusal[:META_CHARACTERS]
+        self.meta["settings"] = json.dumps(present)
+        self.meta["settings_refused"] = refusal
 
 
 def why(error: ValidationError) -> str:

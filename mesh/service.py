@@ -31,7 +31,7 @@ from mesh.discovery import Registration
 from mesh.errors import Aborted, Cancelled, InvalidArgument, MeshError, PermissionDenied, Unauthenticated, Unavailable
 from mesh.identity import IdentityFeed, RemoteIdentityFeed, Verifier
 from mesh.intentions import Intentions
-from mesh.live import META_CHARACTERS, Live
+from mesh.live import Live
 from mesh.ports import Ports
 
 Register = Callable[[Any], None]
@@ -332,7 +332,7 @@ async def serve(
         settings.meta["degraded"] = degraded() if degraded else ""
 
     if capacity:
-        settings.meta["capacity"] = capacity[:META_CHARACTERS]
+        settings.meta["capacity"] = capacity
     if degraded:
         works.append(every(HEALTH_PERIOD_SECONDS, tell))
 

@@ -102,6 +102,8 @@ class Registry:
         asked = await request.json()
         (check,) = asked.pop("checks")
         service = {"ID": asked.pop("id"), "Check": check, **{key.capitalize(): asked[key] for key in asked}}
+        if any(len(value.encode()) > 512 for value in service["Meta"].values()):
+            return web.Response(status=400, text="Value is too long (limit: 512 characters)")  # it means bytes
         self.services[service["ID"]] = service
         self.events.append(f"register {service['ID']}")
         return web.Response()

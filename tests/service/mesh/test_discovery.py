@@ -110,6 +110,16 @@ async def test_the_last_known_instances_stay_while_the_registry_is_away(registry
         await eventually(lambda: endpoints.addresses() == ["127.0.0.1:2"])
 
 
+async def test_what_an_instance_says_of_itself_is_cut_to_what_the_registry_takes(registry, tmp_path) -> None:
+    refusal = "время_жизни: Extra inputs are not permitted; " * 20
+    task = Registration("task", "task-1", "127.0.0.1", 5000, "127.0.0.1:5001", {"settings_refused": refusal})
+
+    async with discovery.registered(config(tmp_path, registry.url), [task]):
+        await eventually(lambda: "task-1" in registry.services)
+
+        assert refusal.startswith(registry.services["task-1"]["Meta"]["settings_refused"])
+
+
 async def test_what_an_instance_says_of_itself_is_carried_over_when_it_changes(registry, tmp_path) -> None:
     task = Registration("task", "task-1", "127.0.0.1", 5000, "127.0.0.1:5001", {"settings": "{}"})
     async with discovery.registered(config(tmp_path, registry.url), [task]):
