@@ -271,7 +271,7 @@ class SqlTasks:
             past = _among(select(event_table), event_table, task_ids).order_by(event_table.c.sequence)
             for row in await connection.execute(past):
                 events.setdefault(row.task_id, []).append(_event(row))
-        return [History(task, tuple(events[task.task_id])) for task in tasks]
+        return [History(task, tuple(events.get(task.task_id, ()))) for task in tasks]
 
     async def replay(self, after: str, at_most: int, *, rebuild: bool) -> Replay:
         ids = union(*(select(each.c.task_id).where(each.c.task_id > after) for each in (event_table, task_table)))

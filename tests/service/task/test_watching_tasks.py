@@ -13,10 +13,12 @@ from atelier.media.v1 import media_pb2
 from atelier.task.v1 import task_pb2 as pb
 from atelier.task.v1.task_pb2_grpc import TaskServiceStub
 from google.protobuf.json_format import Parse
+from sqlalchemy import delete
 
 from mesh import status
 from mesh.errors import MeshError, Unavailable
 from services.task.domain import Terms
+from services.task.tables import task_event
 from tests.eventually import eventually
 from tests.mesh_server import NARROW, headers
 from tests.service.task.conftest import OWNER, PHOTO, STRANGER, Bus, Replica, Start, refused
@@ -108,6 +110,17 @@ async def test_a_watch_goes_on_where_it_was_once_the_database_is_back(
         await asyncio.sleep(2.5)
 
     assert await watcher.rest() == [("QUEUED", 1), ("RUNNING", 2), ("SUCCEEDED", 3)]
+
+
+async def test_a_task_that_has_lost_its_events_holds_up_no_watch_and_is_shown_as_it_is(replica: Replica):
+    damaged, task = await replica.create(), await replica.create()
+    async with replica.database.transaction() as connection:
+        await connection.execute(delete(task_event).where(task_event.c.task_id == damaged.task_id))
+    watchers = [Watcher(replica, each) for each in (damaged, task)]
+
+    shown = await asyncio.gather(*(watcher.next() for watcher in watchers))
+
+    assert [each.task for each in shown] == [damaged, task]
 
 
 async def test_no_state_is_skipped_however_fast_they_follow(start: Start):
