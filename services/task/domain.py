@@ -761,6 +761,7 @@ def replayed(history: History) -> list[Task]:
     began = {State.QUEUED: WAITING, State.RUNNING: STARTED}
     seen = []
     for event in history.events[:-1]:
+        last_start = None if task.state.ended else task.start_time  # a retry forgets it
         task = replace(
             task,
             state=event.state,
@@ -769,7 +770,7 @@ def replayed(history: History) -> list[Task]:
             progress=began.get(event.state, task.progress),
             output_file_ids=(),
             failure=event.failure,
-            start_time=event.create_time if event.state is State.RUNNING else task.start_time,
+            start_time=event.create_time if event.state is State.RUNNING else last_start,
             end_time=event.create_time if event.state.ended else None,
             update_time=event.create_time,
         )

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 
 import pytest
 
@@ -214,6 +215,16 @@ def test_a_returned_task_is_queued_at_once_and_the_attempt_does_not_count():
     assert (task.attempt, task.failures) == (10, 0)  # the fencing token grows nevertheless
 
 
+def test_a_repeated_return_changes_nothing():
+    waiting = domain.returned(running(), NOW, attempt=1, failure=DAMAGED).task
+
+    assert domain.returned(waiting, NOW, attempt=1, failure=DAMAGED) == Change(waiting)
+
+
+def test_a_return_without_a_reason_has_one_in_the_history():
+    assert domain.returned(running(), NOW, attempt=1, failure=Failure(14, "", "")).reason == "RETURNED"
+
+
 def test_a_repeated_failure_report_changes_nothing():
     for reported in (failed(), failed(transient=True)):
         again = domain.failed(reported.task, NOW, attempt=1, failure=DAMAGED, transient=True, terms=TERMS, jitter=0.5)
@@ -317,7 +328,9 @@ def test_a_round_that_another_retry_has_used_is_refused():
 def test_a_history_is_replayed_state_by_state():
     steps = [Change(queued()), domain.claimed(queued(), NOW, terms=TERMS), failed()]
     steps.append(domain.retried(steps[-1].task, NOW, round_=2, role="ROLE_USER"))
-    steps.append(domain.claimed(steps[-1].task, NOW, terms=TERMS))
+    steps.append(domain.claimed(steps[-1].task, NOW + MINUTE, terms=TERMS))
+    steps.append(domain.returned(steps[-1].task, NOW + 2 * MINUTE, attempt=2, failure=DAMAGED))
+    steps.append(domain.claimed(steps[-1].task, NOW + 3 * MINUTE, terms=TERMS))
     events = tuple(
         Event(s.task.sequence, s.task.state, s.task.attempt, s.reason, s.task.failure, s.task.update_time)
         for s in steps
@@ -325,7 +338,5 @@ def test_a_history_is_replayed_state_by_state():
 
     seen = domain.replayed(History(steps[-1].task, events))
 
-    shown = [(task.sequence, task.state, task.attempt, task.failure, task.end_time, task.progress) for task in seen]
-    assert shown == [
-        (s.task.sequence, s.task.state, s.task.attempt, s.task.failure, s.task.end_time, s.task.progress) for s in steps
-    ]
+    kept = attrgetter("sequence", "state", "attempt", "failure", "start_time", "end_time", "update_time", "progress")
+    assert [kept(task) for task in seen] == [kept(step.task) for step in steps]

@@ -37,6 +37,7 @@ FINE = [
     "http://hooks.example.com:8080/atelier?key=a%20b&at=@home",
     "https://xn--mnchen-3ya.example/",
     "https://under_score.example:443/",
+    "https://example.com:65535/",
     "https://1.example/",
     "https://93.184.216.34/hook",
     "https://[2606:2800:220:1:248:1893:25c8:1946]:8443/hook",

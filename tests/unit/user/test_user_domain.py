@@ -119,6 +119,10 @@ def test_a_refusal_of_tasks_says_what_is_used_and_when_to_come_back():
     assert refusal.retry_after_seconds == 30
 
 
+def test_whoever_asks_for_a_whole_month_s_may_come_back_with_the_next() -> None:
+    assert exceeded(account(), Kind.TASKS, Usage(used=1), 100, NOW).retry_after_seconds == 30
+
+
 @pytest.mark.parametrize(("usage", "amount"), [(Usage(used=90, reserved=10), 1), (Usage(reserved=1), 100)])
 def test_whoever_is_refused_for_what_is_only_set_aside_may_come_back_soon(usage, amount):
     assert exceeded(account(), Kind.TASKS, usage, amount, NOW).retry_after_seconds == 1
