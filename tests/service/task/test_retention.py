@@ -1,12 +1,13 @@
 """Tasks are kept for a while after their end, and then are gone, with all that was about them."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from atelier.task.v1 import task_pb2 as pb
-from sqlalchemy import func, select
+from sqlalchemy import func, insert, select
 
+from mesh import idempotency
 from services.task.domain import Terms
-from services.task.tables import metadata
+from services.task.tables import idempotency_table, metadata
 from services.task.upkeep import CUT_AT_ONCE
 from tests.service.task.conftest import OWNER, Replica, Start, Users, refused
 from tests.service.task.test_batches import batch, resized
@@ -116,3 +117,18 @@ async def test_forgetting_keeps_keys_that_may_be_repeated(replica: Replica):
 
     assert (await replica.create(request_id="key")).task_id == first.task_id
     assert first.user_id == OWNER
+
+
+async def test_forgetting_drops_all_keys_that_nobody_repeats_any_more(replica: Replica):
+    now, day, moment = datetime.now(UTC), timedelta(days=1), timedelta(minutes=1)
+    key = {"caller": OWNER, "method": "CreateTask", "fingerprint": b"f", "resource_id": "tsk_1"}
+    times = [now - day + moment, *[now - day - moment] * (idempotency.FORGOTTEN_AT_ONCE + 1)]
+    async with replica.database.transaction() as connection:
+        await connection.execute(
+            insert(idempotency_table), [{**key, "key": str(n), "create_time": time} for n, time in enumerate(times)]
+        )
+
+    await replica.tasks.forget(await replica.fence())
+
+    async with replica.database.reading() as connection:
+        assert (await connection.scalars(select(idempotency_table.c.key))).all() == ["0"]

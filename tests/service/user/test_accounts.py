@@ -1,12 +1,14 @@
 import asyncio
 import re
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from atelier.user.v1 import user_pb2 as pb
 from google.protobuf.field_mask_pb2 import FieldMask
+from sqlalchemy import insert, select
 
-from mesh import lock
+from mesh import idempotency, inbox, lock
 from mesh.errors import (
     Aborted,
     AlreadyExists,
@@ -19,7 +21,7 @@ from mesh.errors import (
     Unavailable,
 )
 from services.user.domain import FORGET, Status
-from services.user.tables import lock_table
+from services.user.tables import idempotency_table, inbox_table, lock_table
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -418,3 +420,28 @@ async def test_forgetting_keeps_what_may_still_be_repeated(home):
     await home.accounts.forget(fence)
 
     assert (await home.stub().RegisterUser(registration(request_id="r1"))).user_id == user.user_id
+
+
+@pytest.mark.parametrize("many", ["keys", "events"])
+async def test_forgetting_drops_all_that_is_older_than_anybody_repeats(home, many):
+    now, day, moment = datetime.now(UTC), timedelta(days=1), timedelta(minutes=1)
+    key = {"caller": "ada", "method": "RegisterUser", "fingerprint": b"f", "resource_id": "usr_1"}
+    keys = idempotency.FORGOTTEN_AT_ONCE + 1 if many == "keys" else 1
+    events = inbox.FORGOTTEN_AT_ONCE + 1 if many == "events" else 1
+    async with home.sql.transaction() as connection:
+        times = [now - day + moment, *[now - day - moment] * keys]
+        await connection.execute(
+            insert(idempotency_table), [{**key, "key": str(n), "create_time": time} for n, time in enumerate(times)]
+        )
+        times = [now - 30 * day + moment, *[now - 30 * day - moment] * events]
+        await connection.execute(
+            insert(inbox_table),
+            [{"consumer": "user.events", "event_id": str(n), "receive_time": time} for n, time in enumerate(times)],
+        )
+        fence = await lock.draw(connection, lock_table, FORGET)
+
+    await home.accounts.forget(fence)
+
+    async with home.sql.reading() as connection:
+        assert (await connection.scalars(select(idempotency_table.c.key))).all() == ["0"]
+        assert (await connection.scalars(select(inbox_table.c.event_id))).all() == ["0"]
