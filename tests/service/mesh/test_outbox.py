@@ -47,11 +47,13 @@ class Broker:
 
     def __init__(self) -> None:
         self.published: list[str] = []
-        self.together: list[int] = []  # how many came in each call
+        self.calls = 0
+        self.together: list[int] = []  # how many came in each that succeeded
         self.failure: Exception | None = None
         self.unwanted: set[str] = set()
 
     async def publish(self, *messages: Message) -> None:
+        self.calls += 1
         await asyncio.sleep(0.001)
         if self.failure:
             raise self.failure
@@ -59,6 +61,17 @@ class Broker:
             raise MessageUnroutable("nobody")
         self.published += [message.message_id for message in messages]
         self.together.append(len(messages))
+
+
+class Hanging:
+    """Satisfies `outbox.Publisher`; never confirms, and tells by `stuck` that it was asked to."""
+
+    def __init__(self, stuck: asyncio.Event) -> None:
+        self._stuck = stuck
+
+    async def publish(self, *_messages: Message) -> None:
+        self._stuck.set()
+        await asyncio.Event().wait()
 
 
 def message(message_id: str, *, subject: str = "", routing_key: str = "key") -> Message:
@@ -249,6 +262,62 @@ async def test_nothing_is_lost_while_the_broker_is_away(opened: Database) -> Non
     assert broker.published == ["0", "1", "2", "3", "4"]
 
 
+async def test_a_broker_that_is_away_is_asked_ever_less_often(opened: Database) -> None:
+    broker = Broker()
+    broker.failure = Unavailable("away")
+    await add(opened, message("1"))
+
+    async with relaying(Outbox(opened, table), broker):
+        await eventually(lambda: broker.calls == 2)
+        await asyncio.sleep(0.5)
+
+    assert broker.calls <= 4  # after rests of at least 0.1, 0.2 and 0.4 seconds
+
+
+async def test_what_was_given_back_goes_before_what_was_added_after_it(
+    opened: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "BATCH", 2)
+    stuck, broker = asyncio.Event(), Broker()
+    await add(opened, *(message(str(number), subject="tsk_1") for number in range(3)))
+    async with relaying(Outbox(opened, table), Hanging(stuck)):
+        await stuck.wait()
+
+    async with relaying(Outbox(opened, table), broker):
+        await eventually(lambda: is_empty(opened))
+
+    assert broker.published == ["0", "1", "2"]  # PostgreSQL finds a row that was changed after one that was not
+
+
+async def test_what_another_has_by_now_is_not_given_back(opened: Database, url: str) -> None:
+    begun, taken = asyncio.Event(), asyncio.Event()
+
+    class Late:
+        async def publish(self, *_messages: Message) -> None:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:  # its lease is nearly over, and it learns that only when another has the row
+                await taken.wait()
+
+    async def another() -> None:
+        await begun.wait()
+        async with database.opened(url) as other:
+            await Outbox(other, table).relay(Hanging(taken))
+
+    async def holder() -> str | None:
+        async with opened.reading() as connection:
+            return await connection.scalar(select(table.c.holder))
+
+    await add(opened, message("1"))
+    async with background(another):
+        async with relaying(Outbox(opened, table, lease=timedelta(seconds=0.5)), Late()):
+            await taken.wait()
+            before = await holder()
+
+        assert (before is not None, await holder()) == (True, before)
+
+
 async def test_a_message_that_nobody_takes_yet_holds_up_only_its_own_subject(opened: Database) -> None:
     broker = Broker()
     broker.unwanted = {"new"}
@@ -279,14 +348,8 @@ async def test_a_hint_that_nobody_takes_is_dropped_and_holds_nobody_up(opened: D
 
 async def test_a_stopped_relay_leaves_no_message_claimed(opened: Database) -> None:
     stuck = asyncio.Event()
-
-    class Hanging:
-        async def publish(self, *_messages: Message) -> None:
-            stuck.set()
-            await asyncio.Event().wait()
-
     await add(opened, message("1"))
-    async with relaying(Outbox(opened, table), Hanging()):
+    async with relaying(Outbox(opened, table), Hanging(stuck)):
         await stuck.wait()
     broker = Broker()
     async with relaying(Outbox(opened, table), broker):

@@ -356,6 +356,16 @@ async def test_a_change_while_auth_is_away_is_told_when_it_is_back(home):
     assert home.auth.revoked == [f"{ada.user_id}/1"]
 
 
+async def test_what_is_not_revoked_yet_is_still_to_be_when_another_is(home):
+    ada, ben = await home.registered("ada"), await home.registered("ben")
+    for login in ("ada", "ben"):
+        await home.stub().GrantAdmin(pb.GrantAdminRequest(login=login, secret="5ecret"))
+
+    await home.accounts.note_revoked(f"{ada.user_id}/1")
+
+    assert await home.accounts.ended_generations() == [f"{ben.user_id}/1"]
+
+
 async def test_a_login_names_the_generation_whose_role_it_gives(home):
     ada = await home.registered("ada")
     await home.stub().GrantAdmin(pb.GrantAdminRequest(login="ada", secret="5ecret"))
