@@ -3,18 +3,19 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import MetaData, func, select
+from sqlalchemy import MetaData, func, select, text
 
 from mesh import database, outbox
 from mesh.database import Database
 from mesh.errors import Unavailable
 from mesh.outbox import Message, MessageUnroutable, Outbox, Publisher
+from tests.databases import on_postgresql
 from tests.eventually import eventually
 
 metadata = MetaData()
@@ -233,6 +234,27 @@ async def test_two_replicas_send_each_message_once_and_keep_the_order_of_a_subje
         assert [sent for sent in broker.published if sent.startswith(subject)] == [
             f"{subject}/{number:03d}" for number in range(100)
         ]
+
+
+@on_postgresql
+async def test_of_two_replicas_that_look_at_the_same_time_one_sends(opened: Database, url: str) -> None:
+    broker = Broker()
+
+    async def both_wait() -> bool:
+        waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        async with opened.reading() as connection:
+            return await connection.scalar(waiting) == 2
+
+    await add(opened, message("1"))
+    async with database.opened(url) as other, AsyncExitStack() as stack:
+        async with opened.transaction() as connection:
+            await connection.execute(select(table).with_for_update())  # it can be seen, and not be claimed yet
+            for each in (opened, other):
+                await stack.enter_async_context(relaying(Outbox(each, table), broker))
+            await eventually(both_wait)
+        await eventually(lambda: is_empty(opened))
+
+    assert broker.published == ["1"]
 
 
 async def test_messages_that_go_the_same_way_leave_as_one_and_a_subjects_one_after_the_other(opened: Database) -> None:
