@@ -7,8 +7,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from mesh import migrations
+from mesh.database import Database
 from tests.postgres import Server
 
 KINDS = ("sqlite", "postgresql")
@@ -21,6 +23,13 @@ on_sqlite = pytest.mark.parametrize("kind", ["sqlite"])
 
 on_postgresql = pytest.mark.parametrize("kind", ["postgresql"])
 """For a test of what SQLite has not, such as several writers."""
+
+
+async def waiting(opened: Database) -> int:
+    """Return how many wait for a lock in PostgreSQL."""
+    async with opened.reading() as connection:
+        found = await connection.execute(text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+    return found.scalar_one()
 
 
 class SqliteDatabases:

@@ -9,13 +9,13 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import MetaData, func, select, text
+from sqlalchemy import MetaData, func, select
 
 from mesh import database, outbox
 from mesh.database import Database
 from mesh.errors import Unavailable
 from mesh.outbox import Message, MessageUnroutable, Outbox, Publisher
-from tests.databases import on_postgresql
+from tests.databases import on_postgresql, waiting
 from tests.eventually import eventually
 
 metadata = MetaData()
@@ -241,9 +241,7 @@ async def test_of_two_replicas_that_look_at_the_same_time_one_sends(opened: Data
     broker = Broker()
 
     async def both_wait() -> bool:
-        waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-        async with opened.reading() as connection:
-            return await connection.scalar(waiting) == 2
+        return await waiting(opened) == 2
 
     await add(opened, message("1"))
     async with database.opened(url) as other, AsyncExitStack() as stack:

@@ -2,6 +2,7 @@ import asyncio
 import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
 from atelier.user.v1 import user_pb2 as pb
@@ -20,8 +21,10 @@ from mesh.errors import (
     Unauthenticated,
     Unavailable,
 )
-from services.user.domain import FORGET, Status
-from services.user.tables import idempotency_table, inbox_table, lock_table
+from services.user.domain import FORGET, Role, Status
+from services.user.tables import account, idempotency_table, inbox_table, lock_table
+from tests.databases import on_postgresql, waiting
+from tests.eventually import eventually
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -364,6 +367,26 @@ async def test_what_is_not_revoked_yet_is_still_to_be_when_another_is(home):
     await home.accounts.note_revoked(f"{ada.user_id}/1")
 
     assert await home.accounts.ended_generations() == [f"{ben.user_id}/1"]
+
+
+@on_postgresql
+async def test_of_two_changes_at_once_neither_is_lost(home):
+    ada = await home.registered("ada")
+
+    async def both_wait():
+        return await waiting(home.sql) == 2
+
+    async with home.sql.transaction() as connection:
+        await connection.execute(select(account).with_for_update())
+        changes = [
+            asyncio.create_task(home.accounts.change(ada.user_id, partial(replace, **change)))
+            for change in ({"role": Role.VIP}, {"display_name": "Ada"})
+        ]
+        await eventually(both_wait)
+    await asyncio.gather(*changes)
+
+    changed = await home.accounts.get(ada.user_id)
+    assert (changed.role, changed.display_name, changed.version) == (Role.VIP, "Ada", 3)
 
 
 async def test_a_login_names_the_generation_whose_role_it_gives(home):

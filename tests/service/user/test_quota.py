@@ -4,13 +4,15 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from atelier.task.v1 import events_pb2, task_pb2
 from atelier.user.v1 import user_pb2 as pb
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from mesh.broker import Delivery
 from mesh.errors import FailedPrecondition, MeshError, NotFound, PermissionDenied, ResourceExhausted, Unavailable
 from services.user.domain import Kind, State
-from services.user.tables import reservation
-from tests.databases import on_postgresql
+from services.user.repository import SqlQuotas
+from services.user.tables import counter, reservation
+from tests.databases import on_postgresql, waiting
+from tests.eventually import eventually
 
 HELD, BOUND = pb.Reservation.STATE_HELD, pb.Reservation.STATE_BOUND
 SETTLED, RELEASED = pb.Reservation.STATE_SETTLED, pb.Reservation.STATE_RELEASED
@@ -490,6 +492,42 @@ async def test_a_reservation_that_is_repeated_while_it_is_looked_at_is_kept(home
     await resolve
 
     assert counts((await home.quota(ada.user_id)).tasks) == (0, 1)
+
+
+async def at_once(home, *calls):
+    """Return what calls answer that have all come as far as they get before any may count."""
+
+    async def all_wait():
+        return await waiting(home.sql) == len(calls)
+
+    async with home.sql.transaction() as connection:
+        await connection.execute(select(counter).with_for_update())
+        under_way = [asyncio.create_task(call) for call in calls]
+        await eventually(all_wait)
+    return await asyncio.gather(*under_way)
+
+
+@on_postgresql
+async def test_two_replicas_that_end_a_reservation_at_once_count_it_once(home):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "tsk_1/1", 5)
+    now = home.clock.now()
+
+    await at_once(home, *(home.quotas.move("tsk_1/1", State.SETTLED, now) for _ in range(2)))
+
+    assert counts((await home.quota(ada.user_id)).tasks) == (5, 0)
+
+
+@on_postgresql
+async def test_a_call_that_is_repeated_at_another_replica_at_once_reserves_once(home):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "tsk_1/1")
+    wanted = (["tsk_2/1"], ada.user_id, Kind.TASKS, 1, home.clock.now())
+
+    first, second = await at_once(home, *(quotas.reserve(*wanted) for quotas in (home.quotas, SqlQuotas(home.sql))))
+
+    assert first == second
+    assert counts((await home.quota(ada.user_id)).tasks) == (0, 2)
 
 
 async def test_events_that_come_together_have_the_effect_of_each_after_the_other(home):
