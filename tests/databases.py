@@ -25,11 +25,11 @@ on_postgresql = pytest.mark.parametrize("kind", ["postgresql"])
 """For a test of what SQLite has not, such as several writers."""
 
 
-async def waiting(opened: Database) -> int:
-    """Return how many wait for a lock in PostgreSQL."""
+async def are_waiting(opened: Database, count: int) -> bool:
+    """Tell whether so many wait for a lock in PostgreSQL."""
     async with opened.reading() as connection:
         found = await connection.execute(text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
-    return found.scalar_one()
+    return found.scalar_one() == count
 
 
 class SqliteDatabases:

@@ -15,7 +15,7 @@ from mesh import database, outbox
 from mesh.database import Database
 from mesh.errors import Unavailable
 from mesh.outbox import Message, MessageUnroutable, Outbox, Publisher
-from tests.databases import on_postgresql, waiting
+from tests.databases import are_waiting, on_postgresql
 from tests.eventually import eventually
 
 metadata = MetaData()
@@ -240,16 +240,13 @@ async def test_two_replicas_send_each_message_once_and_keep_the_order_of_a_subje
 async def test_of_two_replicas_that_look_at_the_same_time_one_sends(opened: Database, url: str) -> None:
     broker = Broker()
 
-    async def both_wait() -> bool:
-        return await waiting(opened) == 2
-
     await add(opened, message("1"))
     async with database.opened(url) as other, AsyncExitStack() as stack:
         async with opened.transaction() as connection:
             await connection.execute(select(table).with_for_update())  # it can be seen, and not be claimed yet
             for each in (opened, other):
                 await stack.enter_async_context(relaying(Outbox(each, table), broker))
-            await eventually(both_wait)
+            await eventually(lambda: are_waiting(opened, 2))
         await eventually(lambda: is_empty(opened))
 
     assert broker.published == ["1"]

@@ -16,10 +16,10 @@ from sqlalchemy import insert, select, update
 from mesh.clock import SystemClock
 from services.task import convert
 from services.task.sender import AT_ONCE_PER_USER, Sender, posting
-from services.task.tables import webhook_delivery
+from services.task.tables import webhook, webhook_delivery
 from services.task.webhook_repository import SqlWebhooks
 from services.task.webhooks import PATIENCE, Network, Patience, new_secret
-from tests.databases import on_sqlite
+from tests.databases import are_waiting, on_postgresql, on_sqlite
 from tests.eventually import eventually
 from tests.service.task.conftest import LOOPBACK, OWNER, STRANGER, Replica, Start, refused
 from tests.service.task.test_batches import batch, resized
@@ -453,3 +453,22 @@ async def test_deliveries_are_kept_as_long_as_their_tasks(replica: Replica, rece
     await replica.tasks.cut(timedelta(0), 100, await replica.fence())
 
     assert await deliveries(replica) == []
+
+
+@on_postgresql
+async def test_of_two_changes_of_a_webhook_at_once_neither_is_lost(replica: Replica):
+    webhooks = SqlWebhooks(replica.database)
+    await webhooks.put(OWNER, "https://old.example", "whsec_b2xk")
+
+    async with replica.database.transaction() as connection:
+        await connection.execute(select(webhook).with_for_update())
+        changes = [
+            asyncio.create_task(webhooks.put(OWNER, "https://new.example", "whsec_bm9uZQ==")),
+            asyncio.create_task(webhooks.rotate(OWNER, "whsec_bmV3")),
+        ]
+        await eventually(lambda: are_waiting(replica.database, 2))
+    await asyncio.gather(*changes)
+
+    found = await webhooks.find(OWNER)
+    assert found is not None
+    assert (found.url, found.secret, found.previous_secret) == ("https://new.example", "whsec_bmV3", "whsec_b2xk")

@@ -8,12 +8,15 @@ from functools import partial
 import pytest
 from atelier.task.v1 import events_pb2
 from atelier.task.v1 import task_pb2 as pb
+from sqlalchemy import select
 
 from mesh import capability, status
 from services.task import domain
 from services.task.domain import Terms
 from services.task.tables import outbox_table
+from services.task.tables import task as task_table
 from services.task.upkeep import Upkeep
+from tests.databases import are_waiting, on_postgresql
 from tests.eventually import eventually
 from tests.service.task.conftest import BRISK, KEY, OWNER, PHOTO, Bus, Replica, Start, refused, resize
 
@@ -511,3 +514,23 @@ async def test_what_a_task_tells_names_the_request_that_caused_it(replica: Repli
     assert {name: headers["correlationid"] for name, headers in told.items()} == dict.fromkeys(told, "req-test")
     assert told["TaskCreated"]["traceparent"].split("-")[1] == trace
     assert trace not in told["TaskSucceeded"].get("traceparent", "")  # its worker's call caused it
+
+
+@on_postgresql
+async def test_what_ends_at_one_replica_is_not_undone_by_a_renewal_at_another(start: Start):
+    first, second = await start(Terms()), await start(Terms())
+    await first.create()
+    task = await first.claimed()
+    step = partial(domain.renewed, attempt=1, progress=domain.Progress(0.5, "process"), terms=Terms())
+
+    async with first.database.transaction() as connection:
+        await connection.execute(select(task_table).with_for_update())
+        completing = asyncio.create_task(first.complete(task))
+        await eventually(lambda: are_waiting(first.database, 1))
+        renewing = asyncio.create_task(second.tasks.change(task.task_id, step))
+        await eventually(lambda: are_waiting(first.database, 2))
+    await completing
+
+    assert (await refused(renewing)).reason == "LEASE_LOST"
+    found = await first.user().GetTask(pb.GetTaskRequest(task_id=task.task_id))
+    assert (found.state, found.progress.fraction) == (pb.Task.STATE_SUCCEEDED, 1)

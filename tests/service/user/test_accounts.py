@@ -23,7 +23,7 @@ from mesh.errors import (
 )
 from services.user.domain import FORGET, Role, Status
 from services.user.tables import account, idempotency_table, inbox_table, lock_table
-from tests.databases import on_postgresql, waiting
+from tests.databases import are_waiting, on_postgresql
 from tests.eventually import eventually
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -373,16 +373,13 @@ async def test_what_is_not_revoked_yet_is_still_to_be_when_another_is(home):
 async def test_of_two_changes_at_once_neither_is_lost(home):
     ada = await home.registered("ada")
 
-    async def both_wait():
-        return await waiting(home.sql) == 2
-
     async with home.sql.transaction() as connection:
         await connection.execute(select(account).with_for_update())
         changes = [
             asyncio.create_task(home.accounts.change(ada.user_id, partial(replace, **change)))
             for change in ({"role": Role.VIP}, {"display_name": "Ada"})
         ]
-        await eventually(both_wait)
+        await eventually(lambda: are_waiting(home.sql, 2))
     await asyncio.gather(*changes)
 
     changed = await home.accounts.get(ada.user_id)

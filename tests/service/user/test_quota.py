@@ -11,7 +11,7 @@ from mesh.errors import FailedPrecondition, MeshError, NotFound, PermissionDenie
 from services.user.domain import Kind, State
 from services.user.repository import SqlQuotas
 from services.user.tables import counter, reservation
-from tests.databases import on_postgresql, waiting
+from tests.databases import are_waiting, on_postgresql
 from tests.eventually import eventually
 
 HELD, BOUND = pb.Reservation.STATE_HELD, pb.Reservation.STATE_BOUND
@@ -496,14 +496,10 @@ async def test_a_reservation_that_is_repeated_while_it_is_looked_at_is_kept(home
 
 async def at_once(home, *calls):
     """Return what calls answer that have all come as far as they get before any may count."""
-
-    async def all_wait():
-        return await waiting(home.sql) == len(calls)
-
     async with home.sql.transaction() as connection:
         await connection.execute(select(counter).with_for_update())
         under_way = [asyncio.create_task(call) for call in calls]
-        await eventually(all_wait)
+        await eventually(lambda: are_waiting(home.sql, len(calls)))
     return await asyncio.gather(*under_way)
 
 
