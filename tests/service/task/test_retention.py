@@ -1,14 +1,16 @@
 """Tasks are kept for a while after their end, and then are gone, with all that was about them."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 
 from atelier.task.v1 import task_pb2 as pb
-from sqlalchemy import func, insert, select
+from sqlalchemy import func, insert, select, update
 
 from mesh import idempotency
 from services.task.domain import Terms
 from services.task.tables import idempotency_table, metadata
 from services.task.upkeep import CUT_AT_ONCE
+from tests.databases import on_postgresql
 from tests.service.task.conftest import OWNER, Replica, Start, Users, refused
 from tests.service.task.test_batches import batch, resized
 
@@ -68,6 +70,20 @@ async def test_a_task_that_was_retried_stays(replica: Replica):
     await replica.user().RetryTask(pb.RetryTaskRequest(task_id=task.task_id))
 
     assert await cut(replica) == 0
+
+
+@on_postgresql
+async def test_a_task_that_is_retried_while_it_is_cut_stays(replica: Replica):
+    task = await replica.create()
+    await replica.user().CancelTask(pb.CancelTaskRequest(task_id=task.task_id))
+
+    async with replica.database.transaction() as connection:
+        retried = update(metadata.tables["task"]).values(state="QUEUED", end_time=None)
+        await connection.execute(retried)
+        cutting = asyncio.create_task(cut(replica))
+        await asyncio.wait([cutting], timeout=0.5)
+
+    assert (await cutting, (await rows(replica))["task"]) == (0, 1)
 
 
 async def test_a_batch_goes_with_the_last_of_its_tasks(replica: Replica):
