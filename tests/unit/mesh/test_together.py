@@ -102,6 +102,18 @@ async def test_who_leaves_before_his_turn_is_not_done_and_later_disturbs_nobody(
     assert (begun.cancelled(), waiting.cancelled()) == (True, True)
 
 
+async def test_who_leaves_while_his_is_done_takes_nothing_from_those_who_stay(work: Work) -> None:
+    together = Together(work, at_most=4)
+    leaving, staying = asyncio.create_task(together(2)), asyncio.create_task(together(4))
+    await eventually(lambda: work.goes == [[2, 4]])
+
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    work.go_on.set()
+
+    assert await asyncio.wait_for(staying, 5) == 8
+
+
 async def test_what_everybody_has_left_is_broken_off_and_what_somebody_waits_for_is_not(work: Work) -> None:
     ended = asyncio.Event()
 
