@@ -26,10 +26,12 @@ on_postgresql = pytest.mark.parametrize("kind", ["postgresql"])
 
 
 async def are_waiting(opened: Database, count: int) -> bool:
-    """Tell whether so many wait for a lock in PostgreSQL."""
+    """Tell whether so many wait for a lock in this database of PostgreSQL's."""
     async with opened.reading() as connection:
-        found = await connection.execute(text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
-    return found.scalar_one() == count
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        return (await connection.execute(text(waiting))).scalar_one() == count
 
 
 class SqliteDatabases:
