@@ -28,6 +28,7 @@ from services.auth.tables import lock_table, refresh_token, signing_key
 from services.auth.tables import revocation as revocation_table
 from services.auth.tables import session as session_table
 
+FORGOTTEN_AT_ONCE = 1000  # tokens in one transaction, so that nobody who writes waits long for it
 ENDED_AT_ONCE = 1000  # sessions in one statement: PostgreSQL takes 65,535 values
 
 
@@ -79,11 +80,19 @@ class SqlSessions:
             await _revoke(connection, every if all_sessions else one, now)
 
     async def forget(self, now: datetime, fence: int) -> None:
+        old = select(refresh_token.c.token_hash, refresh_token.c.session_id).where(refresh_token.c.expire_time <= now)
         kept = exists().where(refresh_token.c.session_id == session_table.c.session_id)
-        async with self._database.transaction() as connection:
-            await lock.require(connection, lock_table, FORGET, fence)
-            await connection.execute(delete(refresh_token).where(refresh_token.c.expire_time <= now))
-            await connection.execute(delete(session_table).where(~kept))
+        more = True
+        while more:
+            async with self._database.transaction() as connection:
+                await lock.require(connection, lock_table, FORGET, fence)
+                rows = (await connection.execute(old.limit(FORGOTTEN_AT_ONCE))).all()
+                hashes, session_ids = [row.token_hash for row in rows], {row.session_id for row in rows}
+                await connection.execute(delete(refresh_token).where(refresh_token.c.token_hash.in_(hashes)))
+                # A session is over with its last token: no need to look through all sessions.
+                over = session_table.c.session_id.in_(session_ids) & ~kept
+                await connection.execute(delete(session_table).where(over))
+            more = len(rows) == FORGOTTEN_AT_ONCE
 
 
 class SqlRevocations:

@@ -4,11 +4,12 @@ from datetime import timedelta
 import pytest
 from atelier.auth.v1 import auth_pb2 as pb
 from atelier.user.v1 import user_pb2
-from sqlalchemy import exists, insert, select
+from sqlalchemy import exists, func, insert, select
 
 from mesh import lock
 from mesh.errors import PermissionDenied, Unauthenticated, Unavailable
 from mesh.identity import Verifier
+from services.auth import repository
 from services.auth.domain import FORGET
 from services.auth.tables import lock_table, refresh_token
 from services.auth.tables import session as session_table
@@ -191,6 +192,27 @@ async def test_all_sessions_of_who_signs_in_all_day_are_ended(home):
 
 async def test_revoking_what_is_unknown_succeeds(home):
     await home.revoke("guess", all_sessions=True)
+
+
+async def test_forgetting_many_drops_all_that_has_expired_and_no_session_in_use(home, monkeypatch):
+    monkeypatch.setattr(repository, "FORGOTTEN_AT_ONCE", 2)
+    for _ in range(5):
+        used = await home.issued()
+    home.clock.time += 29 * DAY
+    present = await home.refreshed(used.refresh_token)
+    home.clock.time += 2 * DAY
+
+    async with home.sql.transaction() as connection:
+        fence = await lock.draw(connection, lock_table, FORGET)
+    await home.sessions.forget(home.clock.now(), fence)
+
+    async with home.sql.reading() as connection:
+        left = [
+            (await connection.scalars(select(func.count()).select_from(each))).one()
+            for each in (session_table, refresh_token)
+        ]
+    assert left == [1, 1]
+    assert await home.refreshed(present.refresh_token)
 
 
 async def test_forgetting_drops_only_what_has_expired(home):
