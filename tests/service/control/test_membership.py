@@ -269,7 +269,7 @@ async def test_instances_come_and_go_for_the_edge_and_for_grpc_clients(mesh: Mes
 
         async with mesh.instance("task-1"):
             await eventually(lambda: only(heard, "task-1"), within_seconds=20)
-            await eventually(lambda: edge_only(mesh, "task-1"), within_seconds=10)
+            await eventually(lambda: edge_only(mesh, "task-1"), within_seconds=20)
             async with mesh.instance("task-2"):
                 await eventually(lambda: only(heard, "task-1", "task-2"), within_seconds=10)
                 await eventually(lambda: edge_only(mesh, "task-1", "task-2"), within_seconds=10)
