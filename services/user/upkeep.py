@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
+from collections.abc import Sequence
 
 from atelier.auth.v1 import auth_pb2, auth_pb2_grpc
 from atelier.task.v1 import task_pb2_grpc
@@ -51,7 +53,7 @@ class Upkeep:
 
     async def ask(self) -> None:
         """Ask once about each reservation that is due."""
-        for reservation_id in await self._quotas.overdue(self._clock.now()):
+        for reservation_id in shuffled(await self._quotas.overdue(self._clock.now())):
             try:
                 state = await self._fate(reservation_id)
             except MeshError as error:
@@ -62,7 +64,7 @@ class Upkeep:
 
     async def revoke(self) -> None:
         """Tell once of each generation that has ended."""
-        for generation_id in await self._accounts.ended_generations():
+        for generation_id in shuffled(await self._accounts.ended_generations()):
             try:
                 await self._auth.RevokeGeneration(auth_pb2.RevokeGenerationRequest(generation=generation_id))
             except MeshError as error:
@@ -78,3 +80,8 @@ class Upkeep:
         except NotFound:
             return State.RELEASED
         return convert.fate_from(reservation_id, task)
+
+
+def shuffled(ids: Sequence[str]) -> list[str]:
+    """Return ids in an order of chance: a round ends with what fails, and one that always does holds up no other."""
+    return random.sample(ids, len(ids))

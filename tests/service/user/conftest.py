@@ -16,7 +16,7 @@ from atelier.user.v1 import user_pb2, user_pb2_grpc
 from mesh import database
 from mesh.context import caller
 from mesh.database import Database
-from mesh.errors import MeshError, NotFound
+from mesh.errors import MeshError, NotFound, Unavailable
 from services.user.consumers import TaskEvents
 from services.user.handlers import UserService
 from services.user.passwords import Argon2Passwords
@@ -37,6 +37,7 @@ class StubAuth(auth_pb2_grpc.AuthServiceServicer):
     generations: list[str] = field(default_factory=list)
     revoked: list[str] = field(default_factory=list)
     failure: MeshError | None = None
+    refused: str = ""  # a generation that is never revoked
 
     async def IssueTokens(self, request, context):
         if self.failure:
@@ -46,8 +47,8 @@ class StubAuth(auth_pb2_grpc.AuthServiceServicer):
         return auth_pb2.Tokens(access_token="access", refresh_token="refresh")
 
     async def RevokeGeneration(self, request, context):
-        if self.failure:
-            raise self.failure
+        if self.failure or request.generation == self.refused:
+            raise self.failure or Unavailable("for ever")
         self.revoked.append(request.generation)
         return auth_pb2.RevokeGenerationResponse()
 
@@ -58,12 +59,13 @@ class StubTasks(task_pb2_grpc.TaskServiceServicer):
 
     known: dict[str, task_pb2.LookupTaskResponse] = field(default_factory=dict)
     failure: MeshError | None = None
+    refused: str = ""  # a task about which nothing is ever said
     asked: int = 0
 
     async def LookupTask(self, request, context):
         self.asked += 1
-        if self.failure:
-            raise self.failure
+        if self.failure or request.task_id == self.refused:
+            raise self.failure or Unavailable("for ever")
         if request.task_id not in self.known:
             raise NotFound("no such task")
         return self.known[request.task_id]

@@ -340,7 +340,7 @@ async def test_a_change_of_role_or_status_has_tokens_of_before_revoked_once(home
     await home.upkeep.revoke()
     await home.upkeep.revoke()
 
-    assert home.auth.revoked == [f"{ada.user_id}/1", f"{ada.user_id}/2"]
+    assert sorted(home.auth.revoked) == [f"{ada.user_id}/1", f"{ada.user_id}/2"]
     account = await home.stub(caller="auth").GetAccount(pb.GetAccountRequest(user_id=ada.user_id))
     assert account.generation == f"{ada.user_id}/3"
 
@@ -357,6 +357,20 @@ async def test_a_change_while_auth_is_away_is_told_when_it_is_back(home):
     await home.upkeep.revoke()
 
     assert home.auth.revoked == [f"{ada.user_id}/1"]
+
+
+async def test_one_that_can_never_be_revoked_holds_up_no_other(home):
+    users = [await home.registered(name) for name in ("ada", "ben")]
+    for user in users:
+        await home.stub().GrantAdmin(pb.GrantAdminRequest(login=user.username, secret="5ecret"))
+    first, second = await home.accounts.ended_generations()
+    home.auth.refused = first
+
+    for _ in range(60):  # in half of them the other one comes first
+        await home.upkeep.revoke()
+
+    assert home.auth.revoked == [second]
+    assert await home.accounts.ended_generations() == [first]
 
 
 async def test_what_is_not_revoked_yet_is_still_to_be_when_another_is(home):

@@ -414,6 +414,19 @@ async def test_a_task_that_takes_long_is_asked_about_once_an_hour_and_after_what
     assert len(await home.quotas.overdue(home.clock.now() + timedelta(minutes=61))) == 2
 
 
+async def test_a_reservation_of_which_nothing_is_said_holds_up_no_other(home):
+    ada = await home.registered()
+    await home.reserve_all(ada.user_id, ["tsk_1/1", "tsk_2/1"])
+    home.clock.time += timedelta(minutes=3)
+    first, _second = await home.quotas.overdue(home.clock.now())
+    home.tasks.refused = first.partition("/")[0]
+
+    for _ in range(60):  # in half of them the other one comes first
+        await home.upkeep.ask()
+
+    assert await home.quotas.overdue(home.clock.now()) == [first]
+
+
 async def test_nothing_is_given_back_while_the_task_service_is_away(home):
     ada = await home.registered()
     await home.reserve(ada.user_id, "tsk_1/1")
