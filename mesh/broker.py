@@ -44,7 +44,9 @@ PUBLISH_SECONDS = 5.0
 BROADCAST_SECONDS = 1.0  # somebody's request waits for it, and it may be lost
 RECONNECT_SECONDS = 1.0
 FINISH_SECONDS = 10.0
-REST_SECONDS = 0.25  # of who handles messages together: nobody waits for it
+# Before messages are handled together, for those that follow; and until the outbox's round that sent them is over: all
+# that it sets off at the same time would have those wait longer who wait for an answer.
+LINGER_SECONDS = 0.12
 HEARTBEAT_SECONDS = 15  # a broker that hangs is noticed within two of them
 MAX_BACKOFF_SECONDS = 2.0
 BROADCAST_BACKLOG = 10_000  # broadcasts only hurry a poll, so a listener that is late loses the oldest
@@ -162,7 +164,7 @@ class Broker:
     ) -> None:
         """As `consume`, but for all that waits, in one call; one call at a time, with about `at_most` at most.
 
-        Between two calls it rests, unless as much waits as one takes: what comes meanwhile waits for the next.
+        It lingers before each, unless as much waits as one takes: what comes meanwhile goes with it.
         When that fails for good each of them is tried by itself, so that one which cannot be handled stops no other.
         """
         await self._consume(queue, handler, at_most, bindings, together=True)
@@ -286,12 +288,13 @@ class Broker:
         async def handle() -> None:
             try:
                 while waiting and not stopping.is_set():
+                    few = sum(len(each.deliveries) for each in waiting) < prefetch
+                    if together and few and await _set_within(stopping, LINGER_SECONDS):
+                        break
                     taken = [waiting.popleft()]
                     while together and waiting and sum(len(each.deliveries) for each in taken) < prefetch:
                         taken.append(waiting.popleft())
                     await self._handle(name, taken, handler, stopping)
-                    if together and sum(len(each.deliveries) for each in taken) < prefetch:
-                        await _set_within(stopping, REST_SECONDS)  # and what comes meanwhile goes together
             finally:
                 handling.discard(cast("asyncio.Task[None]", asyncio.current_task()))
 

@@ -195,6 +195,50 @@ async def test_messages_that_wait_are_handled_together_in_their_order(opened: Br
     assert max(map(len, calls)) in (3, 4)  # the first one is still with the consumer
 
 
+async def test_a_message_waits_a_moment_for_those_that_follow(
+    opened: Broker, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker, "LINGER_SECONDS", 5.0)
+    calls: list[list[bytes]] = []
+
+    async def handle(deliveries: Sequence[Delivery]) -> None:
+        calls.append([each.body for each in deliveries])
+
+    await declare(opened, queue)
+    async with background(opened.consume_together(queue, handle, at_most=10)):
+        for number in range(3):
+            await opened.publish(permit(queue, str(number).encode()))
+            await asyncio.sleep(0.1)
+        await eventually(lambda: calls, within_seconds=30)
+
+    assert calls == [[b"0", b"1", b"2"]]
+
+
+async def test_what_waits_for_those_that_follow_when_its_consumer_stops_is_the_next_ones(
+    opened: Broker, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+
+    async def handle(deliveries: Sequence[Delivery]) -> None:
+        for each in deliveries:
+            await recorder(each)
+
+    async def taken() -> bool:
+        return await opened.depth(queue) == 0
+
+    async def there_again() -> bool:
+        return await opened.depth(queue) == 1
+
+    await declare(opened, queue)
+    await opened.publish(permit(queue))
+    monkeypatch.setattr(broker, "LINGER_SECONDS", 600.0)
+    async with background(opened.consume_together(queue, handle, at_most=10)):
+        await eventually(taken, within_seconds=30)
+
+    await eventually(there_again, within_seconds=30)
+    assert recorder.bodies == []
+
+
 async def test_of_messages_handled_together_one_that_cannot_be_stops_no_other(opened: Broker, queue: str) -> None:
     recorder = Recorder()
 
