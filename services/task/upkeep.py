@@ -20,7 +20,7 @@ from mesh.lock import Locks
 from mesh.outbox import Message
 from mesh.service import Background, every
 from services.task import convert, domain
-from services.task.domain import Tasks, Terms
+from services.task.domain import Step, Task, Tasks, Terms
 
 AT_ONCE = 100  # lapsed leases or late tasks in one round, so that a round stays short
 REAP_SECONDS = 1.0
@@ -121,17 +121,31 @@ class Upkeep:
             return
         for task_id in await self._tasks.lapsed(AT_ONCE):
             jitter = random.random()  # noqa: S311 - spreads tasks over time, keeps no secret
-            task = await self._tasks.change(task_id, partial(domain.lapsed, terms=self._terms(), jitter=jitter))
-            log.warning("worker lost", extra={"task_id": task_id, "attempt": task.attempt, "state": task.state})
+            task = await self._changed(task_id, partial(domain.lapsed, terms=self._terms(), jitter=jitter))
+            if task is not None:
+                log.warning("worker lost", extra={"task_id": task_id, "attempt": task.attempt, "state": task.state})
 
     async def end_late(self) -> None:
         """Fail the tasks whose deadline has passed."""
-        full = True
-        while full:  # a batch has one deadline for all
+        more = True
+        while more:  # a batch has one deadline for all
             late = await self._tasks.late(AT_ONCE)
-            for task_id in late:
-                await self._tasks.change(task_id, domain.overran)
-            full = len(late) == AT_ONCE
+            ended = [await self._changed(task_id, domain.overran) for task_id in late]
+            more = len(late) == AT_ONCE and any(ended)
+
+    async def _changed(self, task_id: str, step: Step) -> Task | None:
+        """Take a step with a task; one that is in no state to take any holds up no other.
+
+        Raises:
+            Unavailable: nor could one with another task be taken.
+        """
+        try:
+            return await self._tasks.change(task_id, step)
+        except Unavailable:
+            raise
+        except Exception:
+            log.exception("task cannot be changed", extra={"task_id": task_id})
+            return None
 
     async def forget(self, fence: int) -> None:
         """Delete keys that nobody repeats any more, and tasks that ended longer ago than they are kept."""

@@ -24,7 +24,7 @@ from mesh.errors import MeshError, NotFound, ResourceExhausted, Unavailable, Uni
 from mesh.outbox import Message, Outbox
 from mesh.service import READER_SECONDS
 from services.task import convert
-from services.task.domain import FORGET, Terms
+from services.task.domain import FORGET, Step, Task, Terms
 from services.task.handlers import TaskService, WebhookService
 from services.task.repository import SqlTasks
 from services.task.tables import lock_table, outbox_table
@@ -347,3 +347,15 @@ def _replica(
             await asyncio.gather(*work, return_exceptions=True)
 
     return running()
+
+
+def break_task(replica: Replica, broken_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each step with a task meet a bug."""
+    change = replica.tasks.change
+
+    async def changed(task_id: str, step: Step) -> Task:
+        if task_id == broken_id:
+            raise ValueError("its row makes no sense")
+        return await change(task_id, step)
+
+    monkeypatch.setattr(replica.tasks, "change", changed)

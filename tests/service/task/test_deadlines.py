@@ -7,10 +7,11 @@ import pytest
 from atelier.task.v1 import events_pb2
 from atelier.task.v1 import task_pb2 as pb
 
+from services.task import upkeep
 from services.task.domain import Terms
 from services.task.upkeep import Upkeep
 from tests.eventually import eventually
-from tests.service.task.conftest import BRISK, Bus, Replica, Start, Users, refused
+from tests.service.task.conftest import BRISK, Bus, Replica, Start, Users, break_task, refused
 from tests.service.task.test_working_on_tasks import history, renewal
 
 SECOND = timedelta(seconds=1)  # the shortest that the contract allows
@@ -55,6 +56,24 @@ async def test_a_result_that_comes_before_anybody_noticed_counts(start: Start):
     await replica.complete(task)
 
     assert await replica.tasks.late(1) == []
+
+
+async def test_a_late_task_that_cannot_be_changed_holds_up_no_other(replica: Replica, monkeypatch: pytest.MonkeyPatch):
+    for _ in range(2):
+        await replica.create(deadline=SECOND)
+
+    async def both() -> bool:
+        return len(await replica.tasks.late(2)) == 2
+
+    await eventually(both)
+    first, second = await replica.tasks.late(2)
+    break_task(replica, first, monkeypatch)
+    monkeypatch.setattr(upkeep, "AT_ONCE", 2)
+    await asyncio.wait_for(Upkeep(replica.tasks, Bus(), lambda: BRISK).end_late(), 30)
+
+    assert await replica.tasks.late(2) == [first]
+    found = await replica.user().GetTask(pb.GetTaskRequest(task_id=second))
+    assert found.state == pb.Task.STATE_FAILED
 
 
 async def test_two_replicas_end_a_late_task_once(start: Start):

@@ -18,7 +18,7 @@ from services.task.tables import task as task_table
 from services.task.upkeep import Upkeep
 from tests.databases import are_waiting, on_postgresql
 from tests.eventually import eventually
-from tests.service.task.conftest import BRISK, KEY, OWNER, PHOTO, Bus, Replica, Start, refused, resize
+from tests.service.task.conftest import BRISK, KEY, OWNER, PHOTO, Bus, Replica, Start, break_task, refused, resize
 
 
 async def state(replica: Replica, task: pb.Task) -> str:
@@ -186,6 +186,22 @@ async def test_a_renewed_lease_is_not_taken(replica: Replica):
     await replica.worker.RenewLease(renewal(task))
 
     assert await replica.tasks.lapsed(1) == []
+
+
+async def test_a_lost_task_that_cannot_be_changed_holds_up_no_other(replica: Replica, monkeypatch: pytest.MonkeyPatch):
+    for _ in range(2):
+        await replica.create()
+        await replica.claimed()
+
+    async def both() -> bool:
+        return len(await replica.tasks.lapsed(2)) == 2
+
+    await eventually(both)
+    first, _second = await replica.tasks.lapsed(2)
+    break_task(replica, first, monkeypatch)
+    await reaped(replica)
+
+    assert await replica.tasks.lapsed(2) == [first]
 
 
 async def test_nothing_is_taken_for_one_lease_after_a_start(replica: Replica):
