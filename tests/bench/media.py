@@ -11,9 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import pyvips
 
 from scripts.local.layout import WEIGHTS
 from services.media import domain, processes
+from services.media.processes import Slot
 from services.media.worker import weights
 from services.media.worker.confined import NICE
 from services.media.worker.models import RemoteModels
@@ -55,8 +56,9 @@ MODEL = (
 ALONE = (
     "12-megapixel JPEGs, each another file, to JPEGs of at most 1,024 pixels a side, and to WebPs of their own size. "
     "Ours: a batch of tasks through the edge, storage, broker and one worker, one replica of each service on SQLite, "
-    "until the last has ended; their uploads are not counted. sharp: files to files by Node.js, each round the faster "
-    f"of its default and {CORES} images at a time with a thread each. Pillow: {CORES} processes."
+    "until the last has ended; their uploads are not counted. A worker's processes: the same work, files to files, "
+    "without anything around it. sharp: files to files by Node.js, each round the faster of its default and "
+    f"{CORES} images at a time with a thread each. Pillow: {CORES} processes."
 )
 MEMORY = (
     "The most memory that the process had which decodes and encodes, for images of 12 and of 48 megapixels, each in a "
@@ -160,43 +162,67 @@ async def uploaded(person: Person, content: bytes, numbers: range) -> list[str]:
     return found
 
 
+async def computed(slots: Sequence[Slot], folder: Path, operation: domain.Work) -> float:
+    """Have an operation done to a folder's files by a worker's processes alone, and return how long it took."""
+    sources = [*folder.glob("*.jpg")]
+
+    async def use(slot: Slot) -> None:
+        while sources:
+            slot.make_folder()
+            await slot.run(operation, sources.pop(), {}, slot.folder, lambda _share: None)
+            await slot.clear()
+
+    began = time.perf_counter()
+    await asyncio.gather(*map(use, slots))
+    return time.perf_counter() - began
+
+
 async def resize_and_convert(options: argparse.Namespace) -> None:
-    """Time what libvips does, through all of Atelier, against sharp and Pillow alone."""
-    work = {
-        "resize": {"resize": {"width": 1024, "height": 1024, "format": "FORMAT_JPEG"}},
-        "convert": {"convert": {"format": "FORMAT_WEBP"}},
+    """Time what libvips does, through all of Atelier and in a worker's processes alone, against sharp and Pillow."""
+    resize = domain.Resize(width=1024, height=1024, format=domain.Format.JPEG)
+    work: Mapping[str, tuple[Mapping[str, Any], domain.Work]] = {
+        "resize": ({"resize": {"width": 1024, "height": 1024, "format": "FORMAT_JPEG"}}, resize),
+        "convert": ({"convert": {"format": "FORMAT_WEBP"}}, domain.Convert(format=domain.Format.WEBP)),
     }
     # A resize takes a fifteenth of what a conversion or a cut-out takes: so each round is long enough to be even.
     counts = {"resize": options.images * 15, "convert": options.images * 2}
     count = max(counts.values())
-    with ExitStack() as stack:
+    through, compute = "Atelier, all of it", "a worker's processes"
+    async with AsyncExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         content = twelve_megapixels(root / "large.jpg").read_bytes()
         contestants = {
             "sharp": [stack.enter_context(sharp(at_a_time)) for at_a_time in sorted({1, CORES})],
             "Pillow": [stack.enter_context(pillow())],
         }
-        found = {name: {kind: Figures(name) for kind in work} for name in ("Atelier, all of it", *contestants)}
+        found = {name: {kind: Figures(name) for kind in work} for name in (through, compute, *contestants)}
+        config = worker_config(root / "worker", slots=2 * CORES, weights_dir=WEIGHTS)
+        slots = await stack.enter_async_context(processes.opened(config))
         mesh = stack.enter_context(running(root / "var", settings=UNLIMITED))
-        async with registered(mesh.url) as person:
-            await signed_in(mesh, person, (options.rounds + 1) * sum(counts.values()))
-            for round_ in range(options.rounds + 1):  # the first warms up
-                file_ids = await uploaded(person, content, range(round_ * count, (round_ + 1) * count))
-                for kind, operation in work.items():
-                    folder = folder_of(root, f"{kind}-{round_}", content, range(counts[kind]))
-                    taken = {"Atelier, all of it": await done(person, file_ids[: counts[kind]], operation)}
-                    for name, variants in contestants.items():
-                        taken[name] = min(do(folder, kind)["seconds"] for do in variants)
-                    shutil.rmtree(folder)
-                    if round_:
-                        for name, seconds in taken.items():
-                            found[name][kind].add(images=counts[kind] / seconds)
+        person = await stack.enter_async_context(registered(mesh.url))
+        await signed_in(mesh, person, (options.rounds + 1) * sum(counts.values()))
+        for round_ in range(options.rounds + 1):  # the first warms up
+            file_ids = await uploaded(person, content, range(round_ * count, (round_ + 1) * count))
+            for kind, (message, operation) in work.items():
+                folder = folder_of(root, f"{kind}-{round_}", content, range(counts[kind]))
+                taken = {
+                    through: await done(person, file_ids[: counts[kind]], message),
+                    compute: await computed(slots, folder, operation),
+                }
+                for name, variants in contestants.items():
+                    taken[name] = min(do(folder, kind)["seconds"] for do in variants)
+                shutil.rmtree(folder)
+                if round_:
+                    for name, seconds in taken.items():
+                        found[name][kind].add(images=counts[kind] / seconds)
     for kind in work:
-        ours, *others = (each[kind] for each in found.values())
-        ratios = {each.name: ours.ratios("images", each) for each in others}
-        tell(
-            f"{kind.title()}, 12 megapixels", ALONE, [ours, *others], {"images": "per s"}, ratios, as_json=options.json
-        )
+        ratios = {
+            f"{peer_}, by {name}": found[name][kind].ratios("images", found[peer_][kind])
+            for name in (through, compute)
+            for peer_ in contestants
+        }
+        figures = [each[kind] for each in found.values()]
+        tell(f"{kind.title()}, 12 megapixels", ALONE, figures, {"images": "per s"}, ratios, as_json=options.json)
 
 
 async def remove_background(options: argparse.Namespace) -> None:
@@ -280,6 +306,7 @@ async def memory(options: argparse.Namespace) -> None:
         for size in ("large", "huge"):
             async with processes.opened(worker_config(root / size, slots=1, weights_dir=WEIGHTS)) as (slot, *_):
                 source = root / f"{size}.jpg"
+                slot.make_folder()
                 await slot.run(domain.RemoveBackground(), source, {}, slot.folder, lambda _share: None)
                 assert slot.inference.process is not None
                 peaks["ours"].append(peak_bytes(psutil.Process(slot.pid)) / MIB)
