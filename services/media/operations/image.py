@@ -46,6 +46,7 @@ _OPTIONS: Mapping[Format, dict[str, Any]] = {
     Format.JPEG: {"optimize_coding": True},
     # Against 6 without a filter: photographs 10 to 40 % smaller, no slower; drawings up to a fifth larger.
     Format.PNG: {"compression": 3, "filter": "up"},
+    # Effort 2 takes 0.4 times as long, and 3 to 17 % more bytes for the same SSIM; 5 and 6, no fewer.
     Format.WEBP: {"effort": 4},
     # Effort 4, the default, takes three times as long for 3 % less.
     Format.AVIF: {"compression": "av1", "effort": 2},
