@@ -31,6 +31,13 @@ from services.auth.tables import session as session_table
 FORGOTTEN_AT_ONCE = 1000  # tokens in one transaction, so that nobody who writes waits long for it
 ENDED_AT_ONCE = 1000  # sessions in one statement: PostgreSQL takes 65,535 values
 
+# Made once, as all that is asked four times a second: making a statement costs as much as sending it.
+_EXPIRY = type_coerce(revocation_table.c.expire_time, BigInteger)
+# The sum as well: one that is not the last to expire may come as another goes. A sum of remainders, since SQLite's have
+# 63 bits; those that trade places expire less than 2^31 microseconds apart.
+_VERSION = select(func.count(), func.max(_EXPIRY), func.sum(_EXPIRY % 2**31))
+_KEYS = select(signing_key).order_by(signing_key.c.number)
+
 
 class SqlSessions:
     """Satisfies `domain.Sessions`. One transaction per method."""
@@ -107,11 +114,7 @@ class SqlRevocations:
 
     async def version(self) -> object:
         async with self._database.query() as connection:
-            # The sum as well: one that is not the last to expire may come as another goes. A sum of remainders, since
-            # SQLite's have 63 bits; those that trade places expire less than 2^31 microseconds apart.
-            expiry = type_coerce(revocation_table.c.expire_time, BigInteger)
-            counted = select(func.count(), func.max(expiry), func.sum(expiry % 2**31))
-            return tuple((await connection.execute(counted)).one())
+            return tuple((await connection.execute(_VERSION)).one())
 
     async def all(self) -> list[Revocation]:
         async with self._database.query() as connection:
@@ -127,7 +130,7 @@ class SqlKeys:
 
     async def all(self) -> list[SigningKey]:
         async with self._database.query() as connection:
-            rows = await connection.execute(select(signing_key).order_by(signing_key.c.number))
+            rows = await connection.execute(_KEYS)
             return [SigningKey(**row._mapping) for row in rows]  # noqa: SLF001 - public in spite of its name
 
     async def add(self, key: SigningKey) -> bool:

@@ -81,8 +81,9 @@ ASKED_AT_ONCE = 100
 RESERVED_TOGETHER = 100
 """Calls whose reservations are made in one transaction."""
 
-# Made once, as all that is sent for each task: making a statement costs as much as sending it. Locks are taken in one
-# order: two who lock the same rows wait and do not meet crosswise.
+# Made once, as all that is sent for each task or four times a second: making a statement costs as much as sending it.
+_ENDED_GENERATIONS = select(ended_generation.c.generation_id).limit(REVOKED_AT_ONCE)
+# Locks are taken in one order: two who lock the same rows wait and do not meet crosswise.
 _LOCK_ACCOUNTS = (
     select(account_table)
     .where(account_table.c.user_id.in_(bindparam("user_ids", expanding=True)))
@@ -177,7 +178,7 @@ class SqlAccounts:
 
     async def ended_generations(self) -> list[str]:
         async with self._database.query() as connection:
-            return list(await connection.scalars(select(ended_generation.c.generation_id).limit(REVOKED_AT_ONCE)))
+            return list(await connection.scalars(_ENDED_GENERATIONS))
 
     async def note_revoked(self, generation_id: str) -> None:
         async with self._database.transaction() as connection:
