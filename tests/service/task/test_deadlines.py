@@ -80,7 +80,8 @@ async def test_two_replicas_end_a_late_task_once(start: Start):
     replicas = [await start(), await start()]
     task = await replicas[0].create(deadline=SECOND)
 
-    await asyncio.gather(*map(ended_late, replicas))
+    await eventually(lambda: replicas[0].tasks.late(1))
+    await asyncio.gather(*(Upkeep(each.tasks, Bus(), lambda: BRISK).end_late() for each in replicas))
 
     assert await history(replicas[0], task) == [("QUEUED", 0, ""), ("FAILED", 0, "TASK_DEADLINE_EXCEEDED")]
 
