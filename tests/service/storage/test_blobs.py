@@ -78,6 +78,17 @@ async def test_an_endless_body_is_refused_at_the_limit_in_bounded_memory(tmp_pat
     assert names(tmp_path) == set()
 
 
+async def test_a_short_body_is_refused_at_the_limit_too(tmp_path):
+    blobs = FolderBlobs(tmp_path)
+
+    with pytest.raises(FileTooLarge) as refusal:
+        async with blobs.received(chunks(b"hel", b"lo"), 4):
+            pass
+
+    assert refusal.value.metadata == {"limit_bytes": "4"}
+    assert names(tmp_path) == set()
+
+
 async def test_an_upload_that_is_cancelled_leaves_nothing(tmp_path):
     blobs = FolderBlobs(tmp_path)
     arrived = asyncio.Event()
@@ -138,6 +149,14 @@ async def test_bytes_that_are_not_there_are_not_found(tmp_path):
     assert refusal.value.metadata == {"sha256": "0" * 64}
 
 
+async def test_bytes_that_a_disk_lost_are_no_shorter_file(tmp_path):
+    blobs = FolderBlobs(tmp_path)
+    sha256 = await kept(blobs, b"hel")
+
+    with pytest.raises(EOFError):
+        await read(blobs, sha256, 0, 5)
+
+
 async def test_what_a_killed_upload_left_is_removed_and_a_live_one_is_not(tmp_path):
     blobs = FolderBlobs(tmp_path)
     (tmp_path / "incoming" / "dead").write_bytes(b"hel")
@@ -157,3 +176,13 @@ async def test_old_contents_are_listed_by_prefix(tmp_path):
     await kept(blobs, b"young")
 
     assert [found async for found in blobs.older_than(3600)] == [(old[:2], [old])]
+
+
+async def test_contents_of_the_first_and_the_last_prefix_are_listed(tmp_path):
+    blobs = FolderBlobs(tmp_path)
+    for prefix in ("00", "ff"):
+        (tmp_path / prefix).mkdir()
+        (tmp_path / prefix / "1").write_bytes(b"old")
+    age_files(tmp_path)
+
+    assert [found async for found in blobs.older_than(3600)] == [("00", ["001"]), ("ff", ["ff1"])]

@@ -142,6 +142,24 @@ async def test_an_upload_given_up_by_another_replica_is_told_so_and_leaves_nothi
     assert (await world.rows(), world.contents(), world.users.used) == ({}, set(), {})
 
 
+async def test_an_upload_given_up_before_its_quota_was_charged_is_not_charged_for_ever(world):
+    class Slow(Crashing):
+        async def charge(self, file_id, *arguments):
+            await world.files.undo(file_id)  # as another replica's upkeep
+            await world.keeping.give_back(file_id)
+            await world.quota.charge(file_id, *arguments)
+            world.users.away = True
+
+    slow = Keeping(world.files, world.blobs, Slow(world.quota, count(), -1), world.judge)
+
+    with pytest.raises(UploadUndone):
+        await keep(slow, world, upload())
+
+    world.users.away = False
+    await tidied(world)
+    assert (await world.rows(), world.contents(), world.users.used) == ({}, set(), {})
+
+
 async def test_bytes_under_removal_hold_an_upload_of_the_same_bytes_back(world):
     async with database.opened(world.url) as other_replica:
         async with world.files.unused(SHA256) as unused:
@@ -254,6 +272,28 @@ async def test_writes_of_one_attempt_with_other_bytes_take_each_other_s_place(wo
     assert len(begun) == 10
     (left,) = await world.files.results("tsk_1", 1)
     assert left in begun
+
+
+async def test_a_write_that_broke_off_does_not_give_its_bytes_to_the_next_one(world):
+    """A repeated attempt that encodes otherwise has its own bytes, not a row of bytes that never came."""
+    broken = dataclasses.replace(upload(task_id="tsk_1", attempt=1), sha256="0" * 64)
+    await world.files.begin(broken, "")
+
+    kept = await keep(world.keeping, world, upload(task_id="tsk_1", attempt=1))
+    await world.upkeep.tend()
+
+    assert kept.sha256 == SHA256
+    assert await in_agreement(world)
+
+
+async def test_a_result_that_is_confirmed_while_it_is_refused_stays(world):
+    kept = await keep(world.keeping, world, upload(task_id="tsk_1", attempt=1))
+
+    await world.files.confirm("tsk_1", kept.file_id)
+    refused = await world.files.refuse(kept.file_id)
+
+    assert not refused
+    assert await in_agreement(world)
 
 
 async def test_of_many_who_delete_a_file_at_once_one_does(world):

@@ -174,6 +174,17 @@ async def test_uploads_at_once_with_one_key_make_one_file(world):
     assert list(world.users.used.values()) == [5]
 
 
+async def test_after_a_delete_a_key_is_free_for_one_new_file(world):
+    key = {"idempotency-key": "k1"}
+    first = (await world.upload(b"hello", **key)).json()["fileId"]
+    await world.stub().DeleteFile(storage_pb2.DeleteFileRequest(file_id=first))
+
+    again = [(await world.upload(b"other", **key)).json()["fileId"] for _ in range(2)]
+
+    assert len(set(again)) == 1
+    assert world.users.used == {again[0]: 5}
+
+
 async def test_a_key_used_for_other_bytes_is_refused(world):
     await world.upload(b"hello", **{"idempotency-key": "k1"})
 
@@ -331,6 +342,20 @@ async def test_a_delete_while_the_user_service_is_away_gives_the_quota_back_late
 
     await world.upkeep.tend()
 
+    assert (await world.rows(), world.users.used) == ({}, {})
+
+
+async def test_a_quota_that_is_given_back_leaves_the_others_owed(world):
+    stored = [(await world.upload(body)).json()["fileId"] for body in (b"hello", b"other")]
+    world.users.away = True
+    for file_id in stored:
+        await world.stub().DeleteFile(storage_pb2.DeleteFileRequest(file_id=file_id))
+    world.users.away = False
+
+    await world.keeping.give_back(stored[0])
+
+    assert world.users.used == {stored[1]: 5}
+    await world.upkeep.tend()
     assert (await world.rows(), world.users.used) == ({}, {})
 
 

@@ -6,6 +6,7 @@ from atelier.user.v1 import user_pb2
 from mesh.broker import Delivery
 from mesh.errors import FailedPrecondition, NotFound, PermissionDenied
 from services.storage.consumers import BINDINGS, TaskEvents
+from services.storage.domain import NewFile
 from tests.service.storage.world import granted
 
 PATH = "/internal/v1/results"
@@ -211,6 +212,19 @@ async def test_many_files_are_told_of_but_for_those_that_are_not_surely_the_user
     )
 
     assert [(each.file_id, each.content_type) for each in answer.files] == [(mine, "text/plain")]
+
+
+async def test_what_is_still_on_its_way_is_neither_counted_nor_told_of(world):
+    new = NewFile("fil_coming", "usr_ann", "a.txt", "text/plain", 5, "0" * 64)
+    await world.files.begin(new, "")
+
+    usage = await world.stub().GetUsage(storage_pb2.GetUsageRequest())
+    told = await world.stub(None, caller="task").StatFiles(
+        storage_pb2.StatFilesRequest(file_ids=["fil_coming"], user_id="usr_ann")
+    )
+
+    assert (usage.file_count, usage.size_bytes, await listed(world)) == (0, 0, [])
+    assert not told.files
 
 
 async def test_a_result_whose_event_was_lost_is_confirmed_by_asking(world):

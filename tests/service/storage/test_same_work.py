@@ -178,6 +178,17 @@ async def test_a_maker_that_gives_up_lets_the_next_one_begin_at_once(world):
     assert await second.turn() == "make"
 
 
+async def test_a_maker_that_was_replaced_gives_up_what_its_next_attempt_makes_to_nobody(world):
+    first, other = await asked(world, "tsk_1"), await asked(world, "tsk_2")
+    await first.take(attempt=1)
+    await lapse(world)
+    await first.take(attempt=2)
+
+    await first.discard()  # of the first attempt
+
+    assert await other.turn() == "wait"
+
+
 async def test_claims_of_makers_that_died_are_swept_away(world):
     await (await asked(world, "tsk_1")).take()
     await lapse(world)
@@ -218,6 +229,21 @@ async def test_a_quota_that_is_full_or_a_limit_refuses_what_is_taken_as_what_is_
     assert await in_agreement(world)
 
 
+async def test_of_several_results_that_the_quota_refuses_none_is_charged(world):
+    first, second = await asked(world, "tsk_1"), await asked(world, "tsk_2")
+    await first.write(b"large", 0, of=2)
+    await first.write(b"small", 1, of=2)
+    before = await world.rows()
+    world.users.limit = sum(world.users.used.values()) + 5  # room for one of them
+
+    with pytest.raises(ResourceExhausted):
+        await second.take()
+
+    assert {name for name in await world.rows() if name.startswith("not ready")} == set()
+    assert set(await world.rows()) >= set(before)
+    assert await in_agreement(world)
+
+
 async def test_only_files_that_the_capability_names_and_the_owner_has_count(world):
     hers, his = await asked(world, "tsk_1"), await asked(world, "tsk_2", "usr_bob")
     unnamed, another = Attempt(world, "fil_x", "tsk_3", "usr_ann"), Attempt(world, "fil_x", "tsk_4", "usr_ann")
@@ -231,6 +257,17 @@ async def test_only_files_that_the_capability_names_and_the_owner_has_count(worl
         await another.take()
 
     assert (first.value.reason, second.value.reason) == ("CAPABILITY_INVALID", "FILE_NOT_FOUND")
+
+
+async def test_a_second_input_counts_only_when_the_capability_names_it_too(world):
+    hers, other = await asked(world, "tsk_1"), await asked(world, "tsk_2", body=b"mark")
+    hers.work.input_file_ids.extend(other.work.input_file_ids)
+
+    with pytest.raises(PermissionDenied) as refusal:
+        await hers.take()
+
+    assert refusal.value.reason == "CAPABILITY_INVALID"
+    assert refusal.value.metadata == {"file_id": other.work.input_file_ids[0]}
 
 
 def work(world: World, sha256: str) -> Work:

@@ -144,3 +144,22 @@ async def test_results_that_are_not_one_for_each_item_leave_nobody_waiting():
         found = await asyncio.gather(*map(batches.result, (1, 2, 3)), return_exceptions=True)
 
     assert [type(each) for each in found] == [ValueError, ValueError, int]
+
+
+async def test_when_it_stops_nothing_more_is_computed():
+    machine = Machine(room=1)
+    machine.let.clear()
+    with ThreadPoolExecutor(1) as threads:
+        batches = Batches(machine.compute, threads, at_most=4, wait_seconds=LONG, at_once=1)
+        task = asyncio.create_task(batches.run())
+        waiting = [asyncio.create_task(batches.result(item)) for item in range(4)]
+        await eventually(lambda: machine.begun == [[0, 1, 2, 3]])
+
+        task.cancel()
+        await asyncio.wait([task])
+        machine.let.set()
+        await asyncio.sleep(0.2)  # there is nothing to wait for: nothing happens
+
+        assert machine.begun == [[0, 1, 2, 3]]
+        for each in waiting:
+            each.cancel()

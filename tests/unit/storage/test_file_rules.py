@@ -3,7 +3,18 @@ from datetime import UTC, datetime
 
 import pytest
 
-from services.storage.domain import File, FileNameMalformed, Standing, Verdict, fingerprint, require_name, verdict
+from services.storage.domain import (
+    File,
+    FileNameMalformed,
+    Origin,
+    Standing,
+    Verdict,
+    complete,
+    fingerprint,
+    named_after,
+    require_name,
+    verdict,
+)
 
 RESULT = File(
     file_id="fil_1", user_id="usr_1", name="a.png", content_type="image/png", size_bytes=1, sha256="00",
@@ -43,3 +54,19 @@ def test_uploads_under_one_request_id_must_agree_in_name_and_bytes():
     assert fingerprint(RESULT) == fingerprint(replace(RESULT, file_id="fil_2"))
     assert fingerprint(RESULT) != fingerprint(replace(RESULT, name="b.png"))
     assert fingerprint(RESULT) != fingerprint(replace(RESULT, sha256="01"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("a.b.png", "a.b-x.jpg"), (".png", ".png-x.jpg"), ("ä" * 255, "ä" * 249 + "-x.jpg")]
+)
+def test_a_result_of_any_name_has_a_name_that_passes(name, expected):
+    assert named_after(name, "-x.jpg") == expected
+    require_name(expected)
+
+
+def test_results_of_two_attempts_that_broke_off_are_not_one_whole():
+    of_two = replace(RESULT, origin=Origin("fil_0", "00", "{}", "", "", count=2))
+    other = replace(of_two, file_id="fil_2", result_index=1)
+
+    assert complete([of_two, replace(other, attempt=3)]) == []
+    assert complete([other, of_two]) == [of_two, other]
