@@ -146,7 +146,7 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
         self.full = False
         self.delay_seconds = 0.0
         self.asked = 0
-        self.ignorant = False
+        self.ignorance: MeshError | None = None
         self.making_seconds = 15
 
     async def read(self, request: Request) -> Response:
@@ -179,8 +179,8 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
 
     async def TakeResults(self, request, _):
         self.asked += 1
-        if self.ignorant:
-            raise Unavailable("Away.")
+        if self.ignorance:
+            raise self.ignorance
         # Nothing was made before.
         return storage_pb2.TakeResultsResponse(lease_duration=Duration(seconds=self.making_seconds))
 

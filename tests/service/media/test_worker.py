@@ -12,7 +12,7 @@ import pytest
 from atelier.media.v1 import media_pb2
 from PIL import Image
 
-from mesh.errors import Unavailable
+from mesh.errors import DeadlineExceeded, Internal, MeshError, Unavailable, Unimplemented
 from tests.eventually import eventually
 from tests.service.media.conftest import LONG, SHORT, Start
 from tests.slow_image import slow_image
@@ -119,9 +119,10 @@ async def test_who_makes_what_others_wait_for_says_so_for_as_long_as_it_does(sta
     assert world.storage.asked == asked + 1
 
 
-async def test_where_nobody_knows_what_was_made_before_it_is_made(start: Start):
+@pytest.mark.parametrize("failure", [Unavailable, DeadlineExceeded, Unimplemented, Internal])
+async def test_where_nobody_knows_what_was_made_before_it_is_made(start: Start, failure: type[MeshError]):
     world = await start()
-    world.storage.ignorant = True
+    world.storage.ignorance = failure("No.")
 
     task_id = world.do()
 
