@@ -345,6 +345,18 @@ async def test_a_delete_while_the_user_service_is_away_gives_the_quota_back_late
     assert (await world.rows(), world.users.used) == ({}, {})
 
 
+async def test_a_delete_waits_little_for_a_user_service_that_does_not_answer(world):
+    stored = (await world.upload(b"hello")).json()
+    world.users.silent = True
+
+    async with asyncio.timeout(5):
+        await world.stub().DeleteFile(storage_pb2.DeleteFileRequest(file_id=stored["fileId"]))
+
+    world.users.silent = False
+    await world.upkeep.tend()
+    assert (await world.rows(), world.users.used) == ({}, {})
+
+
 async def test_a_quota_that_is_given_back_leaves_the_others_owed(world):
     stored = [(await world.upload(body)).json()["fileId"] for body in (b"hello", b"other")]
     world.users.away = True

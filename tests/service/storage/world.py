@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -39,13 +40,17 @@ class QuotaExceeded(ResourceExhausted):
 
 
 class Users(user_pb2_grpc.UserServiceServicer):
-    """Keeps reservations as the user service promises to; `away`: out of reach, `is_old`: knows no charge at once."""
+    """Keeps reservations as the user service promises to.
+
+    `away`: out of reach, `silent`: gives no answer to a release, `is_old`: knows no charge at once.
+    """
 
     def __init__(self) -> None:
         self.limit = 10 * LIMIT_BYTES
         self.reservations: dict[str, user_pb2.Reservation] = {}
         self.amounts: dict[str, int] = {}
         self.away = False
+        self.silent = False
         self.is_old = False
 
     @property
@@ -77,6 +82,8 @@ class Users(user_pb2_grpc.UserServiceServicer):
 
     async def ReleaseQuota(self, request, context):
         self._require_here()
+        if self.silent:
+            await asyncio.Event().wait()
         if request.reservation_id in self.reservations:
             self.reservations[request.reservation_id].state = user_pb2.Reservation.STATE_RELEASED
         return user_pb2.ReleaseQuotaResponse()
