@@ -19,6 +19,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    delete,
     func,
     insert,
     make_url,
@@ -32,7 +33,7 @@ from mesh import database, idempotency, inbox
 from mesh.database import Database, Timestamp
 from mesh.errors import Unavailable
 from mesh.idempotency import IdempotencyKeyReused
-from tests.databases import on_postgresql, on_sqlite
+from tests.databases import are_waiting, on_postgresql, on_sqlite
 from tests.eventually import eventually
 from tests.postgres import PASSWORD, Server
 
@@ -289,6 +290,24 @@ async def test_concurrent_creates_with_one_key_get_one_id(opened: Database) -> N
 
         assert len({adopted for adopted, _ in answers}) == 1
         assert sum(fresh for _, fresh in answers) == 1
+
+
+@on_postgresql
+async def test_a_key_stands_for_its_resource_until_whoever_repeats_it_has_looked(opened: Database) -> None:
+    key = {"caller": "usr_1", "method": "m", "key": "k", "fingerprint": b"f"}
+    async with opened.transaction() as connection:
+        await idempotency.adopt(connection, idempotency_table, new_id="tsk_1", **key)
+
+    async def delete_with_its_resource() -> None:
+        async with opened.transaction() as connection:
+            await connection.execute(delete(idempotency_table))
+
+    async with opened.transaction() as connection:
+        await idempotency.adopt(connection, idempotency_table, new_id="tsk_2", **key)
+        deleting = asyncio.create_task(delete_with_its_resource())
+        await eventually(lambda: are_waiting(opened, 1))
+
+    await deleting
 
 
 async def test_a_key_used_for_another_request_is_refused(opened: Database) -> None:
