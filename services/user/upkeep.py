@@ -53,7 +53,7 @@ class Upkeep:
 
     async def ask(self) -> None:
         """Ask once about each reservation that is due."""
-        for reservation_id in shuffled(await self._quotas.overdue(self._clock.now())):
+        for reservation_id in _shuffled(await self._quotas.overdue(self._clock.now())):
             try:
                 state = await self._fate(reservation_id)
             except MeshError as error:
@@ -64,7 +64,7 @@ class Upkeep:
 
     async def revoke(self) -> None:
         """Tell once of each generation that has ended."""
-        for generation_id in shuffled(await self._accounts.ended_generations()):
+        for generation_id in _shuffled(await self._accounts.ended_generations()):
             try:
                 await self._auth.RevokeGeneration(auth_pb2.RevokeGenerationRequest(generation=generation_id))
             except MeshError as error:
@@ -82,6 +82,6 @@ class Upkeep:
         return convert.fate_from(reservation_id, task)
 
 
-def shuffled(ids: Sequence[str]) -> list[str]:
+def _shuffled(ids: Sequence[str]) -> list[str]:
     """Return ids in an order of chance: a round ends with what fails, and one that always does holds up no other."""
     return random.sample(ids, len(ids))

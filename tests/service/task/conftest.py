@@ -134,9 +134,10 @@ class Bus:
 
 
 class Interrupted(SqlTasks):
-    """Crashes once, at the step that `crash_at` names."""
+    """Crashes once, at the step that `crash_at` names, and meets a bug at each step with the task `broken_id`."""
 
     crash_at = ""
+    broken_id = ""
 
     def _reach(self, step: str) -> None:
         if self.crash_at == step:
@@ -170,6 +171,11 @@ class Interrupted(SqlTasks):
             return changes
 
         return await super().add_batch(batch_id, interrupted)
+
+    async def change(self, task_id: str, step: Step, *, owner: str | None = None) -> Task:
+        if task_id == self.broken_id:
+            raise ValueError("its row makes no sense")
+        return await super().change(task_id, step, owner=owner)
 
 
 @dataclass
@@ -347,15 +353,3 @@ def _replica(
             await asyncio.gather(*work, return_exceptions=True)
 
     return running()
-
-
-def break_task(replica: Replica, broken_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have each step with a task meet a bug."""
-    change = replica.tasks.change
-
-    async def changed(task_id: str, step: Step) -> Task:
-        if task_id == broken_id:
-            raise ValueError("its row makes no sense")
-        return await change(task_id, step)
-
-    monkeypatch.setattr(replica.tasks, "change", changed)

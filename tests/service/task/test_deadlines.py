@@ -11,7 +11,7 @@ from services.task import upkeep
 from services.task.domain import Terms
 from services.task.upkeep import Upkeep
 from tests.eventually import eventually
-from tests.service.task.conftest import BRISK, Bus, Replica, Start, Users, break_task, refused
+from tests.service.task.conftest import BRISK, Bus, Replica, Start, Users, refused
 from tests.service.task.test_working_on_tasks import history, renewal
 
 SECOND = timedelta(seconds=1)  # the shortest that the contract allows
@@ -67,7 +67,7 @@ async def test_a_late_task_that_cannot_be_changed_holds_up_no_other(replica: Rep
 
     await eventually(both)
     first, second = await replica.tasks.late(2)
-    break_task(replica, first, monkeypatch)
+    replica.tasks.broken_id = first
     monkeypatch.setattr(upkeep, "AT_ONCE", 2)
     await asyncio.wait_for(Upkeep(replica.tasks, Bus(), lambda: BRISK).end_late(), 30)
 

@@ -18,7 +18,7 @@ from services.task.tables import task as task_table
 from services.task.upkeep import Upkeep
 from tests.databases import are_waiting, on_postgresql
 from tests.eventually import eventually
-from tests.service.task.conftest import BRISK, KEY, OWNER, PHOTO, Bus, Replica, Start, break_task, refused, resize
+from tests.service.task.conftest import BRISK, KEY, OWNER, PHOTO, Bus, Replica, Start, refused, resize
 
 
 async def state(replica: Replica, task: pb.Task) -> str:
@@ -188,7 +188,7 @@ async def test_a_renewed_lease_is_not_taken(replica: Replica):
     assert await replica.tasks.lapsed(1) == []
 
 
-async def test_a_lost_task_that_cannot_be_changed_holds_up_no_other(replica: Replica, monkeypatch: pytest.MonkeyPatch):
+async def test_a_lost_task_that_cannot_be_changed_holds_up_no_other(replica: Replica):
     for _ in range(2):
         await replica.create()
         await replica.claimed()
@@ -198,7 +198,7 @@ async def test_a_lost_task_that_cannot_be_changed_holds_up_no_other(replica: Rep
 
     await eventually(both)
     first, _second = await replica.tasks.lapsed(2)
-    break_task(replica, first, monkeypatch)
+    replica.tasks.broken_id = first
     await reaped(replica)
 
     assert await replica.tasks.lapsed(2) == [first]
