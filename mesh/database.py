@@ -63,9 +63,15 @@ POSTGRESQL_TIMEOUTS = {
     "statement_timeout": "30s",
     "idle_in_transaction_session_timeout": "30s",
 }
+POSTGRESQL_SETTINGS = {
+    **POSTGRESQL_TIMEOUTS,
+    # Compiling a statement takes 6 to 100 ms of a core, each time anew, and our statements take less than one. The
+    # planner does it for what it believes dear, such as the outbox's rows by statistics of a minute ago.
+    "jit": "off",
+}
 # What the URL says wins: `?options=`, say, for a PgBouncer that takes no settings.
 _POSTGRESQL_CONNECTION: dict[str, str | int] = {
-    "options": " ".join(f"-c {name}={value}" for name, value in POSTGRESQL_TIMEOUTS.items()),
+    "options": " ".join(f"-c {name}={value}" for name, value in POSTGRESQL_SETTINGS.items()),
     "connect_timeout": 5,
     # A server that vanished without a word is noticed after about 10 s, also by whoever waits for its answer.
     "keepalives_idle": 5,

@@ -505,11 +505,11 @@ async def test_whoever_waits_for_a_row_gives_up_when_the_url_says_so(opened: Dat
 
 
 @on_postgresql
-async def test_no_transaction_lasts_for_ever(opened: Database) -> None:
+async def test_no_transaction_lasts_for_ever_and_no_statement_is_compiled(opened: Database) -> None:
     async with opened.transaction() as connection:
-        settings = {name: await connection.scalar(text(f"SHOW {name}")) for name in database.POSTGRESQL_TIMEOUTS}
+        settings = {name: await connection.scalar(text(f"SHOW {name}")) for name in database.POSTGRESQL_SETTINGS}
 
-    assert settings == database.POSTGRESQL_TIMEOUTS
+    assert settings == database.POSTGRESQL_SETTINGS
 
 
 @on_postgresql
