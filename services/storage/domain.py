@@ -240,13 +240,13 @@ class Files(Protocol):
         """Take a result away unless it is confirmed; say whether that was done, and so a debt stands."""
 
     async def stale(self, age_seconds: float) -> Sequence[File]:
-        """Return files that are not ready though they began `age_seconds` ago; oldest first, some."""
+        """Return files that are not ready though they began `age_seconds` ago; some, another time others."""
 
     async def unconfirmed(self, age_seconds: float) -> Sequence[File]:
-        """Return ready results that wait for their task since `age_seconds`; oldest first, some."""
+        """Return ready results that wait for their task since `age_seconds`; some, another time others."""
 
     async def debts(self) -> Sequence[str]:
-        """Return ids of files that are gone and whose quota is not back yet; some."""
+        """Return ids of files that are gone and whose quota is not back yet; some, another time others."""
 
     async def pay(self, file_id: str) -> None:
         """Note that a file's quota is back."""

@@ -28,7 +28,9 @@ from services.storage.domain import (
 )
 from services.storage.tables import debt, file, idempotency_table, inbox_table, lock_table, making
 
-SOME = 100  # rows that one round of upkeep takes at most, so that a round stays short
+# Rows that one round of upkeep takes at most, so that a round stays short; any of them, not the oldest: as many that
+# fail each time would hold up all others for ever.
+SOME = 100
 EVENTS_KEPT = timedelta(days=7)  # far longer than the broker redelivers
 
 
@@ -198,12 +200,9 @@ class SqlFiles:
         return await self._older(age_seconds, file.c.ready & ~file.c.confirmed)
 
     async def debts(self) -> Sequence[str]:
+        rows = select(debt.c.file_id).order_by(func.random()).limit(SOME)
         async with self._database.query() as connection:
-            return (
-                (await connection.execute(select(debt.c.file_id).order_by(debt.c.create_time).limit(SOME)))
-                .scalars()
-                .all()
-            )
+            return (await connection.execute(rows)).scalars().all()
 
     async def pay(self, file_id: str) -> None:
         async with self._database.statement() as connection:
@@ -242,7 +241,7 @@ class SqlFiles:
 
     async def _older(self, age_seconds: float, which: ColumnElement[bool]) -> Sequence[File]:
         before = clock(timedelta(seconds=-age_seconds))
-        rows = select(file).where(which, file.c.create_time < before).order_by(file.c.create_time).limit(SOME)
+        rows = select(file).where(which, file.c.create_time < before).order_by(func.random()).limit(SOME)
         async with self._database.query() as connection:
             return [_from_row(row) for row in await connection.execute(rows)]
 

@@ -5,8 +5,11 @@ from urllib.parse import urlsplit
 import pytest
 from atelier.storage.v1 import storage_pb2
 from atelier.storage.v1.storage_pb2_grpc import StorageServiceStub
+from sqlalchemy import insert
 
 from mesh.errors import InvalidArgument, NotFound, PermissionDenied, Unimplemented
+from services.storage.repository import SOME
+from services.storage.tables import debt
 from tests import mesh_server
 from tests.eventually import eventually
 from tests.service.storage.world import LIMIT_BYTES
@@ -369,6 +372,22 @@ async def test_a_quota_that_is_given_back_leaves_the_others_owed(world):
     assert world.users.used == {stored[1]: 5}
     await world.upkeep.tend()
     assert (await world.rows(), world.users.used) == ({}, {})
+
+
+async def test_quota_that_cannot_be_given_back_holds_up_no_other(world):
+    broken = {f"fil_{number}" for number in range(SOME)}
+    world.users.broken = broken
+    async with world.sql.transaction() as connection:
+        await connection.execute(insert(debt), [{"file_id": file_id} for file_id in broken])
+    stored = (await world.upload(b"hello")).json()["fileId"]
+    world.users.away = True
+    await world.stub().DeleteFile(storage_pb2.DeleteFileRequest(file_id=stored))
+    world.users.away = False
+
+    for _ in range(5):  # in each of which one of 101 is left out
+        await world.upkeep.tend()
+
+    assert await world.rows() == {f"owed: {file_id}": "" for file_id in broken}
 
 
 async def test_an_upload_while_the_user_service_is_away_is_unavailable_and_leaves_nothing(world):

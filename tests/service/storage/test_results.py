@@ -7,6 +7,7 @@ from mesh.broker import Delivery
 from mesh.errors import FailedPrecondition, NotFound, PermissionDenied
 from services.storage.consumers import BINDINGS, TaskEvents
 from services.storage.domain import NewFile
+from services.storage.repository import SOME
 from tests.service.storage.world import granted
 
 PATH = "/internal/v1/results"
@@ -233,6 +234,20 @@ async def test_a_result_whose_event_was_lost_is_confirmed_by_asking(world):
     await world.age()
 
     await world.upkeep.tend()
+
+    assert await listed(world) == [result["fileId"]]
+
+
+async def test_results_whose_tasks_are_told_by_nobody_hold_up_no_other(world):
+    for number in range(SOME):
+        await write(world, task_id=f"tsk_broken{number}")
+        world.tasks.broken.add(f"tsk_broken{number}")
+    result = (await write(world)).json()
+    world.tasks.known["tsk_1"] = standing("SUCCEEDED", 1, result["fileId"])
+    await world.age()
+
+    for _ in range(5):  # in each of which one of 101 is left out
+        await world.upkeep.tend()
 
     assert await listed(world) == [result["fileId"]]
 

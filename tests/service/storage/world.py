@@ -19,7 +19,7 @@ from sqlalchemy import text
 from mesh import capability, database, lock
 from mesh.capability import Capability
 from mesh.clock import SystemClock
-from mesh.errors import NotFound, ResourceExhausted, Unavailable
+from mesh.errors import Internal, NotFound, ResourceExhausted, Unavailable
 from services.storage.blobs import FolderBlobs
 from services.storage.domain import SWEEP
 from services.storage.handlers import StorageService
@@ -42,7 +42,8 @@ class QuotaExceeded(ResourceExhausted):
 class Users(user_pb2_grpc.UserServiceServicer):
     """Keeps reservations as the user service promises to.
 
-    `away`: out of reach, `silent`: gives no answer to a release, `is_old`: knows no charge at once.
+    `away`: out of reach, `silent`: gives no answer to a release, `is_old`: knows no charge at once, `broken`: of which
+    reservations no release succeeds.
     """
 
     def __init__(self) -> None:
@@ -52,6 +53,7 @@ class Users(user_pb2_grpc.UserServiceServicer):
         self.away = False
         self.silent = False
         self.is_old = False
+        self.broken: set[str] = set()
 
     @property
     def used(self) -> dict[str, int]:
@@ -84,6 +86,8 @@ class Users(user_pb2_grpc.UserServiceServicer):
         self._require_here()
         if self.silent:
             await asyncio.Event().wait()
+        if request.reservation_id in self.broken:
+            raise Internal("Broken.")
         if request.reservation_id in self.reservations:
             self.reservations[request.reservation_id].state = user_pb2.Reservation.STATE_RELEASED
         return user_pb2.ReleaseQuotaResponse()
@@ -94,12 +98,15 @@ class Users(user_pb2_grpc.UserServiceServicer):
 
 
 class Tasks(task_pb2_grpc.TaskServiceServicer):
-    """Answers LookupTask from `known`."""
+    """Answers LookupTask from `known`, and of `broken` tasks never."""
 
     def __init__(self) -> None:
         self.known: dict[str, task_pb2.LookupTaskResponse] = {}
+        self.broken: set[str] = set()
 
     async def LookupTask(self, request, context):
+        if request.task_id in self.broken:
+            raise Internal("Broken.")
         if request.task_id not in self.known:
             raise NotFound("No such task.")
         return self.known[request.task_id]
