@@ -1,6 +1,7 @@
 """The job as a Celery task: quorum queue, late acknowledgement, publisher confirms, results in PostgreSQL.
 
-`submit COUNT JOB_SECONDS RATE` queues and prints what each submission took; the worker is Celery's own command.
+`submit COUNT JOB_SECONDS busy|waiting RATE` queues and prints what each submission took; the worker is
+Celery's own command.
 """
 
 import json
@@ -23,21 +24,24 @@ app.conf.update(
 
 
 @app.task
-def job(seconds: float) -> None:
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        pass
+def job(seconds: float, waits: bool) -> None:
+    if waits:
+        time.sleep(seconds)
+    else:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
 
 
 def main() -> None:
-    count, seconds, rate = int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
+    count, seconds, waits, rate = int(sys.argv[2]), float(sys.argv[3]), sys.argv[4] == "waiting", float(sys.argv[5])
     app.connection_for_write().ensure_connection()
     taken, began = [], time.perf_counter()
     for number in range(count):
         if rate:
             time.sleep(max(0.0, began + number / rate - time.perf_counter()))
         sent = time.perf_counter()
-        job.apply_async((seconds,))
+        job.apply_async((seconds, waits))
         taken.append(time.perf_counter() - sent)
     print(json.dumps(taken))
 

@@ -1,6 +1,7 @@
 """The job as a Dramatiq actor that notes its end in PostgreSQL; Dramatiq itself keeps no results there.
 
-`submit COUNT JOB_SECONDS RATE` queues and prints what each submission took; the worker is Dramatiq's own command.
+`submit COUNT JOB_SECONDS busy|waiting RATE` queues and prints what each submission took; the worker is
+Dramatiq's own command.
 """
 
 import json
@@ -24,22 +25,25 @@ def database() -> psycopg.Connection:
 
 
 @dramatiq.actor(queue_name="dramatiq_peer")
-def job(name: str, seconds: float) -> None:
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        pass
+def job(name: str, seconds: float, waits: bool) -> None:
+    if waits:
+        time.sleep(seconds)
+    else:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
     database().execute("INSERT INTO dramatiq_done VALUES (%s) ON CONFLICT DO NOTHING", [name])
 
 
 def main() -> None:
-    count, seconds, rate = int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
+    count, seconds, waits, rate = int(sys.argv[2]), float(sys.argv[3]), sys.argv[4] == "waiting", float(sys.argv[5])
     assert job.broker.channel  # connections are made
     taken, began = [], time.perf_counter()
     for number in range(count):
         if rate:
             time.sleep(max(0.0, began + number / rate - time.perf_counter()))
         sent = time.perf_counter()
-        job.send(f"{began}/{number}", seconds)
+        job.send(f"{began}/{number}", seconds, waits)
         taken.append(time.perf_counter() - sent)
     print(json.dumps(taken))
 

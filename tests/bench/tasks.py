@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -44,11 +45,14 @@ IN_HAND = 100  # tasks of a worker of ours at a time
 CLAIMED_TOGETHER = 50
 REST_SECONDS = 0.05
 THREADS = 4  # of a worker process of Dramatiq
+# Who waits takes no core: more may. Celery is the fastest so, of 4 to 32 children, and of 16 and 32 threads.
+WAITING_CHILDREN, WAITING_THREADS = 8, 16
 BATCH = 1000
-JOBS = {"no-op": 0.0, "5 ms": 0.005}
 MAX_SECONDS = 600.0  # of a round
 LATENCIES = 400  # submissions of one task each, at half of what was the capacity
 AT_A_TIME = 32  # of such submissions, when their capacity is sought
+WARM = 32  # tasks with which a round's workers begin, before anything is measured
+SETTLED_SECONDS = 3.0  # after which nothing is left over of as many tasks as can be done
 
 UNLIMITED = {"CONTROL_RATE_READ": "1000000:1000000", "CONTROL_RATE_WRITE": "1000000:1000000"}
 OURS_ENDED = "SELECT count(*) FROM task WHERE end_time IS NOT NULL"
@@ -57,22 +61,35 @@ DRAMATIQ_ENDED = "SELECT count(*) FROM dramatiq_done"
 
 HOW = (
     "Submitted by one program as fast as it can, until all have ended; {count} tasks a round. {workers} worker "
-    "processes each, the same RabbitMQ and PostgreSQL. Ours: batches of 1,000 by JSON through the edge; owner, files "
-    "and quota checked, an idempotency key, history, events settled in quota. Celery: quorum queue, publisher "
-    "confirms, late acknowledgement, results in PostgreSQL. Dramatiq: classic durable queue (it knows no other), "
-    "publisher confirms, a row in PostgreSQL at the end. Capacity is the throughput of tasks that are submitted one "
-    "in a call, which Celery's and Dramatiq's always are; latency is of such submissions at half of it. SQLite: ours, "
-    "with that instead."
+    "processes each, the same RabbitMQ and PostgreSQL, nobody else's workers beside; where a job waits, as for a GPU, "
+    "Celery has {children} and Dramatiq {threads} threads in each. Ours: batches of 1,000 by JSON through the edge; "
+    "owner, files and quota checked, an idempotency key, history, events settled in quota. Celery: quorum queue, "
+    "publisher confirms, late acknowledgement, results in PostgreSQL. Dramatiq: classic durable queue (it knows no "
+    "other), publisher confirms, a row in PostgreSQL at the end. Capacity is the throughput of tasks that are "
+    "submitted one in a call, which Celery's and Dramatiq's always are; latency is of such submissions at half of it, "
+    "once what is left over of the full rate is done. SQLite: ours, with that instead."
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a task is: so many seconds of a core, or of waiting, as for a GPU."""
+
+    name: str
+    seconds: float = 0.0
+    waits: bool = False
+
+
+JOBS = (Job("no-op"), Job("5 ms of a core", 0.005), Job("5 ms of waiting", 0.005, waits=True))
 
 
 class NoOps:
     """A worker for tasks that need no file: it claims and completes many of them in one call."""
 
-    def __init__(self, tasks: task_pb2_grpc.TaskServiceAsyncStub, worker_id: str, seconds: float) -> None:
+    def __init__(self, tasks: task_pb2_grpc.TaskServiceAsyncStub, worker_id: str, job: Job) -> None:
         self._tasks = tasks
         self._worker_id = worker_id
-        self._seconds = seconds
+        self._job = job
         self._room = IN_HAND
         self._freed = asyncio.Event()
         self._complete = Together(partial(completed, tasks), at_most=IN_HAND)
@@ -101,15 +118,18 @@ class NoOps:
         assignments = [claim.assignment, *claim.others] if claim.HasField("assignment") else []
         self._room -= len(assignments)
         for assignment in assignments:
-            end = time.perf_counter() + self._seconds
-            while time.perf_counter() < end:
-                pass
+            if self._job.seconds and not self._job.waits:
+                end = time.perf_counter() + self._job.seconds
+                while time.perf_counter() < end:
+                    pass
             group.create_task(self._end(assignment.task))
-            if self._seconds:  # else all are completed in one call
+            if self._job.seconds:  # else all are completed in one call
                 await asyncio.sleep(0)
         return claim.more
 
     async def _end(self, task: task_pb2.Task) -> None:
+        if self._job.waits:
+            await asyncio.sleep(self._job.seconds)
         outputs = [task.input_file_id]
         await self._complete(
             task_pb2.CompleteTaskRequest(task_id=task.task_id, attempt=task.attempt, output_file_ids=outputs)
@@ -118,7 +138,7 @@ class NoOps:
         self._freed.set()
 
 
-async def work(seconds: str) -> None:
+async def work(job: Job) -> None:
     config, loop = WorkerConfig(), asyncio.get_running_loop()
     permits: asyncio.Queue[asyncio.Future[None]] = asyncio.Queue()
 
@@ -134,13 +154,14 @@ async def work(seconds: str) -> None:
         asyncio.TaskGroup() as group,
     ):
         group.create_task(bus.consume(QUEUES[CPU], take, prefetch=IN_HAND))
-        group.create_task(NoOps(task_pb2_grpc.TaskServiceStub(tasks), config.instance, float(seconds)).run(permits))
+        group.create_task(NoOps(task_pb2_grpc.TaskServiceStub(tasks), config.instance, job).run(permits))
 
 
 class Contestant:
     """Whoever does tasks.
 
     Args:
+        working: holds its workers; those of others are not there meanwhile.
         submit: queues `count` tasks, `rate` a second or as fast as it can (0); returns what each call took, seconds.
         ended: returns how many have ended, ever.
         submit_singly: queues `count` tasks as fast as it can, one in a call, where `submit` would put many in one.
@@ -149,22 +170,30 @@ class Contestant:
     def __init__(
         self,
         figures: Figures,
+        working: Callable[[], AbstractContextManager[None]],
         submit: Callable[[int, float], list[float]],
         ended: Callable[[], int],
         submit_singly: Callable[[int], object] | None = None,
     ) -> None:
         self.figures = figures
+        self._working = working
         self._submit = submit
         self._ended = ended
         self._submit_singly = submit_singly
 
     def round(self, count: int) -> None:
+        with self._working():
+            self._rate(partial(self._submit, WARM, 0), WARM)
+            self._measure(count)
+
+    def _measure(self, count: int) -> None:
         gc.collect()  # now, and not while somebody's latency is taken: it holds the submitter up for 50 ms
         gc.freeze()
         throughput = self._rate(lambda: self._submit(count, 0), count)
         capacity = throughput
         if self._submit_singly is not None:
             capacity = self._rate(partial(self._submit_singly, LATENCIES), LATENCIES)
+        time.sleep(SETTLED_SECONDS)
         before = self._ended()
         taken = sorted(self._submit(LATENCIES, capacity / 2))
         self._until(before + LATENCIES)
@@ -215,18 +244,18 @@ def programs(command: list[Any], environment: dict[str, str], count: int = 1) ->
 
 
 @contextmanager
-def ours(mesh: Mesh, name: str, seconds: float, ended: Callable[[], int]) -> Iterator[Contestant]:
+def ours(mesh: Mesh, name: str, job: Job, ended: Callable[[], int]) -> Iterator[Contestant]:
     layout = Layout.from_environment(mesh.environment)
     environment = {**os.environ, **mesh_environment(layout, {}, mesh.secret("broker"))}
-    code = f"import uvloop; from tests.bench import tasks; uvloop.run(tasks.work('{seconds}'))"
+    code = f"import uvloop; from tests.bench import tasks; uvloop.run(tasks.work(tasks.{job!r}))"
     # The real worker makes room for those that need no file.
     subprocess.run(
         [BIN / "supervisorctl", "-s", f"unix://{layout.socket}", "stop", "media-worker-1"], check=True, stdout=2
     )
-    with (
-        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-        programs([sys.executable, "-c", code], {**environment, "ATELIER_INSTANCE": "media-worker-1NUMBER"}, WORKERS),
-    ):
+    working = partial(
+        programs, [sys.executable, "-c", code], {**environment, "ATELIER_INSTANCE": "media-worker-1NUMBER"}, WORKERS
+    )
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         holding = customer(mesh)
         person, http, file_id = runner.run(holding.__aenter__())
         item = {"inputFileId": file_id, "operation": {"resize": {"width": 8}}}
@@ -266,6 +295,7 @@ def ours(mesh: Mesh, name: str, seconds: float, ended: Callable[[], int]) -> Ite
         try:
             yield Contestant(
                 Figures(name),
+                working,
                 lambda count, rate: runner.run(submit(count, rate)),
                 ended,
                 lambda count: runner.run(submit_singly(count)),
@@ -292,36 +322,30 @@ async def customer(mesh: Mesh) -> AsyncIterator[tuple[Person, aiohttp.ClientSess
         yield person, http, file.json()["fileId"]
 
 
-@contextmanager
-def peer(
-    name: str, figures: Figures, seconds: float, environment: dict[str, str], ended: Callable[[], int]
-) -> Iterator[Contestant]:
+def peer(name: str, job: Job, environment: dict[str, str], ended: Callable[[], int]) -> Contestant:
     python = python_with("celery")
-    environment = {**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parent)}
+    children = WAITING_CHILDREN if job.waits else WORKERS
+    threads = WAITING_THREADS if job.waits else THREADS
     worker = {
-        "celery_peer": [
-            "celery",
-            "-A",
-            "celery_peer",
-            "worker",
-            "-Q",
-            "celery_peer",
-            "-c",
-            str(WORKERS),
-            "-l",
-            "ERROR",
-        ],
-        "dramatiq_peer": ["dramatiq", "dramatiq_peer", "-p", str(WORKERS), "-t", str(THREADS)],
-    }[name]
+        "celery_peer": f"celery -A celery_peer worker -Q celery_peer -c {children} -l ERROR",
+        "dramatiq_peer": f"dramatiq dramatiq_peer -p {WORKERS} -t {threads}",
+    }[name].split()
+    environment = {
+        **os.environ,
+        **environment,
+        "PYTHONPATH": str(Path(__file__).parent),
+        "dramatiq_queue_prefetch": str(8 * threads),
+    }
+    work = [str(job.seconds), "waiting" if job.waits else "busy"]
 
     def submit(count: int, rate: float) -> list[float]:
-        command = [python, f"{Path(__file__).parent}/{name}.py", "submit", str(count), str(seconds), str(rate)]
+        command = [python, f"{Path(__file__).parent}/{name}.py", "submit", str(count), *work, str(rate)]
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, timeout=600)
         taken: list[float] = json.loads(done.stdout)
         return taken
 
-    with programs([python.with_name(worker[0]), *worker[1:]], environment):
-        yield Contestant(figures, submit, ended)
+    working = partial(programs, [python.with_name(worker[0]), *worker[1:]], environment)
+    return Contestant(Figures(f"{name.removesuffix('_peer').title()}, {job.name}"), working, submit, ended)
 
 
 @contextmanager
@@ -356,34 +380,29 @@ def on_postgresql(folder: Path) -> Iterator[tuple[Mesh, Callable[[str, str], Cal
         yield mesh, counter
 
 
-def measure(folder: Path, job: str, rounds: int, count: int) -> list[Figures]:
-    seconds, name = JOBS[job], f"Atelier, {job}"
-    with on_sqlite(folder / "sqlite") as (mesh, ended), ours(mesh, f"{name}, SQLite", seconds, ended) as contestant:
+def measure(folder: Path, job: Job, rounds: int, count: int) -> list[Figures]:
+    name = f"Atelier, {job.name}"
+    with on_sqlite(folder / "sqlite") as (mesh, ended), ours(mesh, f"{name}, SQLite", job, ended) as contestant:
         for _ in range(rounds):
             contestant.round(count)
         alone = contestant.figures
-    with on_postgresql(folder / "postgresql") as (mesh, counter), ExitStack() as stack:
+    with on_postgresql(folder / "postgresql") as (mesh, counter):
         layout = Layout.from_environment(mesh.environment)
         place = f"{postgresql.ADMIN}:{mesh.secret('postgresql')}@127.0.0.1:{layout.postgresql_port}/peers"
         environment = {
             "PEER_BROKER_URL": mesh_environment(layout, {}, mesh.secret("broker"))["ATELIER_BROKER_URL"],
             "PEER_DATABASE_URL": f"postgresql+psycopg://{place}",
             "PEER_DATABASE_DSN": f"postgresql://{place}",
-            "dramatiq_queue_prefetch": str(8 * THREADS),
         }
-        contestants = [
-            stack.enter_context(each)
-            for each in (
-                ours(mesh, f"{name}, PostgreSQL", seconds, counter("task", OURS_ENDED)),
-                peer("celery_peer", Figures(f"Celery, {job}"), seconds, environment, counter("peers", CELERY_ENDED)),
-                peer(
-                    "dramatiq_peer", Figures(f"Dramatiq, {job}"), seconds, environment, counter("peers", DRAMATIQ_ENDED)
-                ),
-            )
-        ]
-        for _ in range(rounds):
-            for each in contestants:
-                each.round(count)
+        with ours(mesh, f"{name}, PostgreSQL", job, counter("task", OURS_ENDED)) as through:
+            contestants = [
+                through,
+                peer("celery_peer", job, environment, counter("peers", CELERY_ENDED)),
+                peer("dramatiq_peer", job, environment, counter("peers", DRAMATIQ_ENDED)),
+            ]
+            for _ in range(rounds):
+                for each in contestants:
+                    each.round(count)
     return [*(each.figures for each in contestants), alone]
 
 
@@ -399,11 +418,11 @@ def main() -> None:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         found += [through, celery, dramatiq, alone]
-        ratios[f"celery, {job}"] = through.ratios("throughput", celery)
-        ratios[f"dramatiq, {job}"] = through.ratios("throughput", dramatiq)
+        ratios[f"celery, {job.name}"] = through.ratios("throughput", celery)
+        ratios[f"dramatiq, {job.name}"] = through.ratios("throughput", dramatiq)
     tell(
         "Durable tasks",
-        HOW.format(count=options.tasks, workers=WORKERS),
+        HOW.format(count=options.tasks, workers=WORKERS, children=WAITING_CHILDREN, threads=WAITING_THREADS),
         found,
         {"throughput": "tasks/s", "capacity": "tasks/s", "median_latency": "ms", "p99_latency": "ms"},
         ratios,
