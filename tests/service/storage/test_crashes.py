@@ -3,17 +3,18 @@
 import asyncio
 import dataclasses
 import hashlib
+from datetime import UTC, datetime, timedelta
 from itertools import count
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import func, insert, select, update
 
-from mesh import database, ids, lock
+from mesh import database, ids, inbox, lock
 from services.storage.domain import File, FileNotFound, NewFile, UploadUndone
 from services.storage.keeping import Keeping
-from services.storage.repository import SqlFiles
+from services.storage.repository import EVENTS_KEPT, SqlFiles
 from services.storage.signatures import detected_type
-from services.storage.tables import file
+from services.storage.tables import file, inbox_table
 from services.storage.upkeep import Upkeep
 from tests.databases import on_postgresql
 
@@ -213,6 +214,18 @@ async def test_a_sweep_removes_bytes_that_no_row_has_and_no_others(world):
     await world.upkeep.sweep(await world.elected())
 
     assert world.contents() == {kept.sha256}
+
+
+async def test_a_sweep_forgets_all_events_that_are_past_their_time(world):
+    old = {"consumer": "storage.events", "receive_time": datetime.now(UTC) - EVENTS_KEPT - timedelta(hours=1)}
+    rows = [{**old, "event_id": f"evt_{number}"} for number in range(2 * inbox.FORGOTTEN_AT_ONCE + 1)]
+    async with world.sql.transaction() as connection:
+        await connection.execute(insert(inbox_table), rows)
+
+    await world.upkeep.sweep(await world.elected())
+
+    async with world.sql.reading() as connection:
+        assert await connection.scalar(select(func.count()).select_from(inbox_table)) == 0
 
 
 async def test_a_sweep_whose_replica_has_been_replaced_removes_nothing(world):

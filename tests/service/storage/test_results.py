@@ -45,6 +45,14 @@ async def test_a_result_is_its_owners_at_once_and_listed_when_the_task_took_it(w
     assert world.users.used == {result["fileId"]: 6}
 
 
+async def test_a_task_takes_no_result_of_another_task(world):
+    result = (await write(world, task_id="tsk_2")).json()
+
+    await TaskEvents(world.files).take([succeeded(result["fileId"])])
+
+    assert await listed(world) == []
+
+
 async def test_a_result_is_charged_by_a_user_service_that_only_sets_aside(world):
     world.users.is_old = True
 
