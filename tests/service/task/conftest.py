@@ -21,7 +21,7 @@ from atelier.user.v1 import user_pb2, user_pb2_grpc
 
 from mesh import database, lock, wire
 from mesh.errors import MeshError, NotFound, ResourceExhausted, Unavailable, Unimplemented
-from mesh.outbox import Message, Outbox
+from mesh.outbox import Message, MessageUnroutable, Outbox
 from mesh.service import READER_SECONDS
 from services.task import convert
 from services.task.domain import FORGET, Step, Task, Terms
@@ -108,6 +108,8 @@ class Bus:
         self.away = False
         self.workers = 1
         self.workerless = ""
+        self.missing = ""
+        """The queue that nobody has made yet."""
         self.waiting: list[Message] = []
         self._listeners: list[asyncio.Queue[bytes]] = []
 
@@ -130,14 +132,17 @@ class Bus:
         return 0 if queue == self.workerless else self.workers
 
     async def publish(self, *messages: Message) -> None:
+        if self.missing in {message.routing_key for message in messages}:
+            raise MessageUnroutable("No queue takes it yet.", metadata={"routing_key": self.missing})
         self.waiting += messages
 
 
 class Interrupted(SqlTasks):
-    """Crashes once, at the step that `crash_at` names, and meets a bug at each step with the task `broken_id`."""
+    """Crashes once, at the step that `crash_at` names, and meets `bug` at each step with the task `broken_id`."""
 
     crash_at = ""
     broken_id = ""
+    bug: Exception = ValueError("its row makes no sense")
 
     def _reach(self, step: str) -> None:
         if self.crash_at == step:
@@ -174,7 +179,7 @@ class Interrupted(SqlTasks):
 
     async def change(self, task_id: str, step: Step, *, owner: str | None = None) -> Task:
         if task_id == self.broken_id:
-            raise ValueError("its row makes no sense")
+            raise self.bug
         return await super().change(task_id, step, owner=owner)
 
 

@@ -59,21 +59,33 @@ async def test_a_result_that_comes_before_anybody_noticed_counts(start: Start):
 
 
 async def test_a_late_task_that_cannot_be_changed_holds_up_no_other(replica: Replica, monkeypatch: pytest.MonkeyPatch):
-    for _ in range(2):
+    for _ in range(4):
         await replica.create(deadline=SECOND)
 
-    async def both() -> bool:
-        return len(await replica.tasks.late(2)) == 2
+    async def all_late() -> bool:
+        return len(await replica.tasks.late(5)) == 4
 
-    await eventually(both)
-    first, second = await replica.tasks.late(2)
+    await eventually(all_late)
+    first, second, *_ = await replica.tasks.late(4)
     replica.tasks.broken_id = first
     monkeypatch.setattr(upkeep, "AT_ONCE", 2)
     await asyncio.wait_for(Upkeep(replica.tasks, Bus(), lambda: BRISK).end_late(), 30)
 
-    assert await replica.tasks.late(2) == [first]
+    assert await replica.tasks.late(4) == [first]
     found = await replica.user().GetTask(pb.GetTaskRequest(task_id=second))
     assert found.state == pb.Task.STATE_FAILED
+
+
+async def test_late_tasks_of_which_none_can_be_changed_are_left_to_the_next_round(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+):
+    task = await replica.create(deadline=SECOND)
+    replica.tasks.broken_id = task.task_id
+    monkeypatch.setattr(upkeep, "AT_ONCE", 1)
+
+    await asyncio.wait_for(ended_late(replica), 30)
+
+    assert await replica.tasks.late(1) == [task.task_id]
 
 
 async def test_two_replicas_end_a_late_task_once(start: Start):

@@ -108,6 +108,15 @@ async def test_permits_that_were_lost_are_published_again_to_the_tasks_pool(repl
     assert [each.routing_key for each in bus.waiting] == ["media.gpu"]
 
 
+async def test_a_pool_that_never_had_a_worker_keeps_no_permits_from_another(replica: Replica, bus: Bus):
+    bus.missing = "media.cpu"
+    await replica.user().CreateTaskBatch(several(SMALLER, CUT_OUT))
+
+    await Upkeep(replica.tasks, bus, lambda: BRISK, permit_grace=timedelta(0)).replenish()
+
+    assert [each.routing_key for each in bus.waiting] == ["media.gpu"]
+
+
 async def test_a_pool_without_workers_is_told_apart_from_one_that_has_some(replica: Replica, bus: Bus):
     bus.workerless = "media.gpu"
     task = await replica.user().CreateTask(asked(CUT_OUT))

@@ -144,7 +144,7 @@ async def test_forgetting_drops_all_keys_that_nobody_repeats_any_more(replica: R
             insert(idempotency_table), [{**key, "key": str(n), "create_time": time} for n, time in enumerate(times)]
         )
 
-    await replica.tasks.forget(await replica.fence())
+    await replica.upkeep.forget(await replica.fence())
 
     async with replica.database.reading() as connection:
         assert (await connection.scalars(select(idempotency_table.c.key))).all() == ["0"]

@@ -11,6 +11,7 @@ from atelier.task.v1 import task_pb2 as pb
 from sqlalchemy import select
 
 from mesh import capability, status
+from mesh.errors import Unavailable
 from services.task import domain
 from services.task.domain import Terms
 from services.task.tables import outbox_table
@@ -202,6 +203,24 @@ async def test_a_lost_task_that_cannot_be_changed_holds_up_no_other(replica: Rep
     await reaped(replica)
 
     assert await replica.tasks.lapsed(2) == [first]
+
+
+async def test_without_the_database_a_round_ends_and_does_not_wait_for_each_lost_task(replica: Replica):
+    for _ in range(2):
+        await replica.create()
+        await replica.claimed()
+
+    async def both() -> bool:
+        return len(await replica.tasks.lapsed(2)) == 2
+
+    await eventually(both)
+    lost = await replica.tasks.lapsed(2)
+    replica.tasks.broken_id, replica.tasks.bug = lost[0], Unavailable("The database is away.")
+
+    with pytest.raises(Unavailable):
+        await reaped(replica)
+
+    assert await replica.tasks.lapsed(2) == lost
 
 
 async def test_nothing_is_taken_for_one_lease_after_a_start(replica: Replica):
