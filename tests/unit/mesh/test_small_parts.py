@@ -111,6 +111,20 @@ def test_an_expired_capability_is_refused() -> None:
         capability.verify(KEY, capability.sign(KEY, grant(lives_seconds=-1)))
 
 
+async def test_a_capability_that_was_shown_before_it_expired_is_refused_afterwards() -> None:
+    token = capability.sign(KEY, grant(lives_seconds=3))
+    capability.verify(KEY, token)
+
+    def refused() -> bool:
+        try:
+            capability.verify(KEY, token)
+        except CapabilityInvalid:
+            return True
+        return False
+
+    await eventually(refused, within_seconds=10)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
