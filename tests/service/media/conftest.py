@@ -63,6 +63,13 @@ class Tasks(task_pb2_grpc.TaskServiceServicer):
         self.lost: set[str] = set()
         self.failure: MeshError | None = None
         self.claims = 0
+        self.claim_seconds = 0.0
+        """How long the answer to a claim is under way."""
+        self.reports = 0
+        self.refused_reports = 0
+        """How many of the first reports come to nothing."""
+        self.loses_answers = False
+        """Whether reports take effect, and their answers are lost."""
         self.pools: list[str] = []
         self.renewals: list[task_pb2.RenewLeaseRequest] = []
         self.completed: dict[str, str] = {}
@@ -93,6 +100,7 @@ class Tasks(task_pb2_grpc.TaskServiceServicer):
         assignment = task_pb2.ClaimTaskResponse.Assignment(task=task, capability=f"may-{task.task_id}")
         assignment.lease_duration.FromMilliseconds(int(LEASE_SECONDS * 1000))
         more = any(pool_of(each.operation) == request.pool for each in self.queued)
+        await asyncio.sleep(self.claim_seconds)
         return task_pb2.ClaimTaskResponse(assignment=assignment, more=more)
 
     async def RenewLease(self, request, _):
@@ -103,9 +111,13 @@ class Tasks(task_pb2_grpc.TaskServiceServicer):
         return response
 
     async def CompleteTasks(self, request, _):
-        if self.failure:
-            raise self.failure
-        return task_pb2.CompleteTasksResponse(outcomes=map(self._complete, request.tasks))
+        self.reports += 1
+        if self.failure or self.reports <= self.refused_reports:
+            raise self.failure or Unavailable("Not now.")
+        outcomes = [self._complete(each) for each in request.tasks]
+        if self.loses_answers:
+            raise Unavailable("The answer was lost.")
+        return task_pb2.CompleteTasksResponse(outcomes=outcomes)
 
     def _complete(self, request: task_pb2.CompleteTaskRequest) -> status_pb2.Status:
         try:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mesh.errors import DeadlineExceeded, Internal, MeshError, Unavailable, Unimplemented
 from tests.eventually import eventually
-from tests.service.media.conftest import LONG, SHORT, Start
+from tests.service.media.conftest import LEASE_SECONDS, LONG, SHORT, Start
 from tests.slow_image import slow_image
 
 
@@ -266,6 +266,38 @@ async def test_a_worker_without_a_lease_stops_by_its_own_clock(start: Start):
     after = world.do()
     await eventually(lambda: after in world.tasks.completed)
     assert task_id not in world.tasks.completed
+
+
+async def test_a_lease_counts_from_when_it_was_asked_for(start: Start):
+    world = await start()
+    world.tasks.claim_seconds = LEASE_SECONDS  # it is over when its holder learns of it
+
+    task_id = world.do(LONG, "fil_retina")
+
+    await eventually(lambda: world.storage.discarded == [f"may-{task_id}"], within_seconds=20)
+    assert (world.tasks.renewals, world.tasks.completed) == ([], {})
+
+
+async def test_an_end_that_nobody_takes_down_is_told_again(start: Start):
+    world = await start()
+    world.tasks.refused_reports = 2
+
+    task_id = world.do()
+
+    await eventually(lambda: task_id in world.tasks.completed)
+    assert world.storage.discarded == []
+
+
+async def test_a_result_that_may_have_counted_is_kept_when_its_lease_is_over(start: Start):
+    world = await start(slots=1)
+    world.tasks.loses_answers = True
+    task_id = world.do()
+    await eventually(lambda: task_id in world.tasks.completed)
+
+    world.do()
+
+    await eventually(lambda: world.tasks.claims == 2, within_seconds=20)  # who told of the first has given up
+    assert world.storage.discarded == []
 
 
 async def test_a_result_that_lost_its_lease_is_discarded(start: Start):
