@@ -15,7 +15,7 @@ from sqlalchemy import MetaData, func, select
 
 from mesh import broker, database, events, ids, outbox, redrive
 from mesh.broker import Broker, Delivery
-from mesh.errors import Unavailable
+from mesh.errors import Aborted, DeadlineExceeded, MeshError, ResourceExhausted, Unavailable
 from mesh.events import event
 from mesh.outbox import Message, MessageUnroutable, Outbox
 from tests import rabbitmq
@@ -167,6 +167,35 @@ async def test_a_message_that_cannot_be_handled_is_set_aside_and_the_next_goes_o
     assert [letter async for letter in opened.redrive(queue)] == []
 
 
+async def test_a_dead_letter_that_cannot_be_given_back_stays_one(
+    opened: Broker, node: rabbitmq.Node, queue: str
+) -> None:
+    await declare(opened, queue)
+    await opened.publish(permit(f"{queue}.dead"))
+    async with await aio_pika.connect(node.url) as connection, connection.channel() as channel:
+        await channel.queue_delete(queue)
+
+    async with broker.opened(node.url) as operator:
+        with pytest.raises(MessageUnroutable):
+            [letter async for letter in operator.redrive(queue)]
+
+    async def there_again() -> bool:
+        return await opened.depth(f"{queue}.dead") == 1
+
+    await eventually(there_again, within_seconds=30)
+
+
+async def test_a_dead_letter_is_given_back_once(opened: Broker, node: rabbitmq.Node, queue: str) -> None:
+    async def redriven(body: bytes) -> list[bytes]:
+        await opened.publish(permit(f"{queue}.dead", body))
+        async with broker.opened(node.url) as operator:
+            return [letter.body async for letter in operator.redrive(queue)]
+
+    await declare(opened, queue)
+
+    assert [await redriven(b"1"), await redriven(b"2")] == [[b"1"], [b"2"]]
+
+
 async def test_messages_that_wait_are_handled_together_in_their_order(opened: Broker, queue: str) -> None:
     calls: list[list[bytes]] = []
     begun, go_on = asyncio.Event(), asyncio.Event()
@@ -285,8 +314,9 @@ async def test_events_that_were_published_together_arrive_as_what_they_are(opene
     ]
 
 
+@pytest.mark.parametrize("at_most", [1, 10])  # with 1 it comes apart only once it is acknowledged
 async def test_of_events_published_together_one_that_cannot_be_handled_is_set_aside_alone(
-    opened: Broker, queue: str
+    opened: Broker, queue: str, at_most: int
 ) -> None:
     recorder = Recorder()
 
@@ -299,7 +329,7 @@ async def test_of_events_published_together_one_that_cannot_be_handled_is_set_as
     await declare(opened, queue)
     batch = events.batched([created(1), created(2, b"poison"), created(3)])
     await opened.publish(replace(batch, exchange="", routing_key=queue))
-    async with background(opened.consume_together(queue, handle, at_most=10)):
+    async with background(opened.consume_together(queue, handle, at_most=at_most)):
 
         async def set_aside() -> bool:
             return (await opened.depth(f"{queue}.dead"), await opened.depth(queue)) == (1, 0)
@@ -309,6 +339,45 @@ async def test_of_events_published_together_one_that_cannot_be_handled_is_set_as
     assert sorted(each.message_id for each in recorder.deliveries) == ["tsk_1/1", "tsk_3/1"]
     [letter] = [each async for each in opened.redrive(queue)]
     assert (letter.message_id, letter.body, letter.headers["traceparent"]) == ("tsk_2/1", b"poison", TRACEPARENT)
+
+
+class Full(Broker):
+    """Takes nothing in until it `has_room`."""
+
+    has_room = False
+    refused = 0
+
+    async def publish(self, *messages: Message) -> None:
+        if not self.has_room:
+            self.refused += 1
+            raise Unavailable("The message broker is away.")
+        await super().publish(*messages)
+
+
+async def test_events_that_came_together_are_not_lost_when_the_broker_does_not_take_them_one_by_one(
+    opened: Broker, node: rabbitmq.Node, queue: str
+) -> None:
+    recorder, full = Recorder(), Full(node.url)
+
+    async def handle(deliveries: Sequence[Delivery]) -> None:
+        if b"poison" in [each.body for each in deliveries]:
+            raise ValueError("cannot be read")
+        for each in deliveries:
+            await recorder(each)
+
+    async def set_aside() -> bool:
+        return await opened.depth(f"{queue}.dead") == 1
+
+    await declare(opened, queue)
+    batch = events.batched([created(1), created(2, b"poison"), created(3)])
+    await opened.publish(replace(batch, exchange="", routing_key=queue))
+    async with background(full.consume_together(queue, handle, at_most=10)):
+        await eventually(lambda: full.refused, within_seconds=30)
+        full.has_room = True
+        await eventually(set_aside, within_seconds=60)
+    await full.close()
+
+    assert sorted(each.message_id for each in recorder.deliveries) == ["tsk_1/1", "tsk_3/1"]
 
 
 @pytest.mark.parametrize("body", [b"[{", b"[1]"])
@@ -367,9 +436,12 @@ async def test_what_is_redriven_says_so(
     ]
 
 
-async def test_a_message_waits_as_long_as_what_it_needs_is_unavailable(opened: Broker, queue: str) -> None:
+@pytest.mark.parametrize("failure", [Unavailable, DeadlineExceeded, ResourceExhausted, Aborted])
+async def test_a_message_waits_as_long_as_what_it_needs_is_unavailable(
+    opened: Broker, queue: str, caplog: pytest.LogCaptureFixture, failure: type[MeshError]
+) -> None:
     recorder = Recorder()
-    recorder.failures = [Unavailable("the database is away")] * 4
+    recorder.failures = [failure("not now")] * 4
     await declare(opened, queue)
 
     await opened.publish(permit(queue))
@@ -377,6 +449,27 @@ async def test_a_message_waits_as_long_as_what_it_needs_is_unavailable(opened: B
         await eventually(lambda: recorder.bodies == [b"1"], within_seconds=20)
 
     assert (await opened.depth(queue), await opened.depth(f"{queue}.dead")) == (0, 0)
+    assert "message not handled" not in caplog.text  # which would count, and set it aside in the end
+
+
+async def test_a_message_that_waits_is_not_acknowledged_with_one_that_came_later(opened: Broker, queue: str) -> None:
+    seen: list[bytes] = []
+
+    async def handle(delivery: Delivery) -> None:
+        seen.append(delivery.body)
+        if delivery.body == b"waits":
+            raise Unavailable("the database is away")
+
+    async def there_again() -> bool:
+        return await opened.depth(queue) == 1
+
+    await declare(opened, queue)
+    for body in (b"waits", b"done"):
+        await opened.publish(permit(queue, body))
+    async with background(opened.consume(queue, handle, prefetch=2)):
+        await eventually(lambda: {*seen} == {b"waits", b"done"}, within_seconds=30)
+
+    await eventually(there_again, within_seconds=30)
 
 
 async def test_a_stopping_consumer_finishes_what_it_handles_and_leaves_the_rest(opened: Broker, queue: str) -> None:
