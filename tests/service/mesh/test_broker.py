@@ -224,6 +224,25 @@ async def test_messages_that_wait_are_handled_together_in_their_order(opened: Br
     assert max(map(len, calls)) in (3, 4)  # the first one is still with the consumer
 
 
+async def test_messages_handled_together_are_all_acknowledged(opened: Broker, queue: str) -> None:
+    first, next_one = Recorder(), Recorder()
+
+    async def handle(deliveries: Sequence[Delivery]) -> None:
+        for each in deliveries:
+            await first(each)
+
+    await declare(opened, queue)
+    for number in range(3):
+        await opened.publish(permit(queue, str(number).encode()))
+    async with background(opened.consume_together(queue, handle, at_most=3)):
+        await eventually(lambda: len(first.bodies) == 3, within_seconds=30)
+    await opened.publish(permit(queue, b"next"))
+    async with background(opened.consume(queue, next_one)):
+        await eventually(lambda: b"next" in next_one.bodies, within_seconds=30)
+
+    assert next_one.bodies == [b"next"]
+
+
 async def test_a_message_waits_a_moment_for_those_that_follow(
     opened: Broker, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -478,6 +497,8 @@ async def test_a_stopping_consumer_finishes_what_it_handles_and_leaves_the_rest(
     async def handle(delivery: Delivery) -> None:
         handling.set()
         await finish.wait()
+        for _ in range(10):  # it takes longer than to stop the consumer
+            await opened.depth(queue)
         done.append(delivery.body)
 
     await declare(opened, queue)
