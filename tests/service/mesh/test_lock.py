@@ -20,7 +20,7 @@ from mesh import database, discovery, lock, service
 from mesh.database import Database
 from scripts.local.layout import ROOT
 from tests.consul import Consul, running
-from tests.databases import on_sqlite
+from tests.databases import are_waiting, on_postgresql, on_sqlite
 from tests.eventually import eventually
 from tests.service.mesh.housekeeper import WORK, done, fences, made, step, works
 
@@ -96,6 +96,21 @@ async def test_whoever_never_drew_a_fence_is_refused(sql: Database) -> None:
         await step(sql, "storage-1", 0)
 
 
+@on_postgresql
+async def test_nobody_takes_over_in_the_middle_of_a_step(sql: Database) -> None:
+    async def elected() -> int:
+        async with sql.transaction() as connection:
+            return await lock.draw(connection, fences, WORK)
+
+    first = await elected()
+    async with sql.transaction() as connection:
+        await lock.require(connection, fences, WORK, first)
+        electing = asyncio.create_task(elected())
+        await eventually(lambda: are_waiting(sql, 1))
+
+    assert await electing > first
+
+
 async def more_than(sql: Database, count: int) -> bool:
     return len(await done(sql)) > count
 
@@ -113,6 +128,16 @@ async def test_one_of_two_keeps_house_and_the_other_when_it_leaves(consul: Consu
     assert alone == {("storage-1", first)}
     assert second > first
     require_one_at_a_time(await done(sql))
+
+
+@on_sqlite  # it waits for Consul; the database's part is tested on both above
+async def test_a_replica_that_leaves_gives_its_lock_back(consul: Consul, sql: Database) -> None:
+    async with replica(consul, sql, "storage-1"):
+        await eventually(lambda: newest(sql, "storage-1"), within_seconds=LONG_SECONDS)
+
+    async with discovery.connected(consul.config("storage", "storage-1")) as client:
+        _, left = await client.kv.get(KEY)
+    assert "Session" not in left  # the next need not wait until it has ended by itself
 
 
 async def test_when_two_are_elected_only_the_later_passes(consul: Consul, sql: Database) -> None:
