@@ -1,7 +1,7 @@
 """The ends of tasks arrive at their owners' servers: signed, once in effect, and for as long as it takes."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -14,11 +14,13 @@ from atelier.task.v1 import webhook_pb2 as hook
 from sqlalchemy import insert, select, update
 
 from mesh.clock import SystemClock
+from mesh.database import Database
+from mesh.errors import Unavailable
 from services.task import convert
 from services.task.sender import AT_ONCE_PER_USER, Sender, posting
 from services.task.tables import webhook, webhook_delivery
 from services.task.webhook_repository import SqlWebhooks
-from services.task.webhooks import PATIENCE, Network, Patience, new_secret
+from services.task.webhooks import PATIENCE, Claimed, Delivery, Network, Outcome, Patience, new_secret
 from tests.databases import are_waiting, on_postgresql, on_sqlite
 from tests.eventually import eventually
 from tests.service.task.conftest import LOOPBACK, OWNER, STRANGER, Replica, Start, refused
@@ -41,6 +43,36 @@ class Killed(SqlWebhooks):
 
     async def release(self, _: Any) -> None:
         pass
+
+
+class Interrupted(SqlWebhooks):
+    """Has its database away when it is first asked for work, and when it first notes an outcome."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self._away = {"claim", "settle"}
+
+    async def claim(self, *arguments: Any) -> list[Claimed]:
+        self._reach("claim")
+        return await super().claim(*arguments)
+
+    async def settle(self, *arguments: Any) -> Delivery | None:
+        self._reach("settle")
+        return await super().settle(*arguments)
+
+    def _reach(self, step: str) -> None:
+        if step in self._away:
+            self._away.remove(step)
+            raise Unavailable("The database is away.")
+
+
+class Broken:
+    """Meets a bug with the path /broken; all others take what they get."""
+
+    async def post(self, url: str, _headers: Mapping[str, str], _body: bytes) -> Outcome:
+        if url.endswith("/broken"):
+            raise ValueError("a bug")
+        return Outcome(status=204)
 
 
 @pytest.fixture
@@ -274,6 +306,30 @@ async def test_a_replica_killed_between_the_request_and_its_note_leaves_it_to_an
 
     assert receiver.ids() == [done.event_id] * 2
     assert (done.task_id, done.attempts) == (task.task_id, 2)
+
+
+async def test_a_database_that_is_away_for_a_moment_costs_no_delivery(replica: Replica, receiver: Receiver):
+    await cancelled(replica, receiver.url())
+
+    async with sending(replica, replace(PATIENCE, lease=timedelta(milliseconds=300)), Interrupted):
+        done = await come_to(replica, DELIVERED)
+
+    assert receiver.ids() == [done.event_id] * 2
+
+
+async def test_a_bug_with_one_delivery_stops_no_other(replica: Replica):
+    broken, _ = [await cancelled(replica, f"http://127.0.0.1/{path}") for path in ("broken", "well")]
+
+    async def both() -> bool:
+        found = {each.task_id == broken.task_id: each for each in await deliveries(replica)}
+        return (found[True].failure, found[False].state) == ("NO_ANSWER", DELIVERED)
+
+    work = asyncio.create_task(Sender(SqlWebhooks(replica.database), Broken(), SystemClock()).run())
+    try:
+        await eventually(both, within_seconds=15)
+    finally:
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
 
 
 async def test_a_replica_that_stops_leaves_what_it_had_in_hand_at_once(start: Start, receiver: Receiver):
