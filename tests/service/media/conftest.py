@@ -65,6 +65,7 @@ class Tasks(task_pb2_grpc.TaskServiceServicer):
         self.claims = 0
         self.claim_seconds = 0.0
         """How long the answer to a claim is under way."""
+        self.renewal_seconds = 0.0
         self.reports = 0
         self.refused_reports = 0
         """How many of the first reports come to nothing."""
@@ -106,6 +107,7 @@ class Tasks(task_pb2_grpc.TaskServiceServicer):
     async def RenewLease(self, request, _):
         self._require_lease(request.task_id)
         self.renewals.append(request)
+        await asyncio.sleep(self.renewal_seconds)
         response = task_pb2.RenewLeaseResponse()
         response.lease_duration.FromMilliseconds(int(LEASE_SECONDS * 1000))
         return response

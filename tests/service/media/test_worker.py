@@ -223,6 +223,7 @@ async def test_a_slot_whose_folder_cannot_be_made_is_there_for_the_next_task(sta
 
     before = [world.do() for _ in range(2)]
     await eventually(lambda: set(world.tasks.failed) == set(before))
+    await eventually(lambda: set(world.storage.discarded) == {f"may-{task_id}" for task_id in before})
     slot.folder.unlink()
     after = world.do()
 
@@ -276,6 +277,16 @@ async def test_a_lease_counts_from_when_it_was_asked_for(start: Start):
 
     await eventually(lambda: world.storage.discarded == [f"may-{task_id}"], within_seconds=20)
     assert (world.tasks.renewals, world.tasks.completed) == ([], {})
+
+
+async def test_a_renewed_lease_counts_from_when_it_was_asked_for(start: Start):
+    world = await start()
+    world.tasks.renewal_seconds = 0.4 * LEASE_SECONDS  # what is left then is too short for another answer
+
+    task_id = world.do(LONG, "fil_retina")
+
+    await eventually(lambda: world.storage.discarded == [f"may-{task_id}"], within_seconds=20)
+    assert world.tasks.completed == {}
 
 
 async def test_an_end_that_nobody_takes_down_is_told_again(start: Start):
