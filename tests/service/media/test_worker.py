@@ -137,6 +137,7 @@ async def test_a_damaged_input_fails_for_good_with_its_reason(start: Start):
 
     failure = await eventually(lambda: world.tasks.failed.get(task_id))
     assert (failure.error.reason, failure.error.code, failure.transient) == ("INPUT_DAMAGED", 3, False)
+    await eventually(lambda: world.storage.discarded == [f"may-{task_id}"])
 
 
 async def test_a_missing_input_fails_for_good_with_storages_reason(start: Start):

@@ -96,6 +96,12 @@ async def test_of_several_addresses_only_those_of_the_world_are_connected_to(rec
     assert [each.at for each in receiver.heard] == ["127.0.0.2"]
 
 
+async def test_an_address_that_does_not_answer_is_followed_by_the_next(receiver: Receiver):
+    names = Names(("::1", "127.0.0.2"))  # the receiver is at IPv4 addresses alone
+
+    assert await post(names, receiver.url(host="hook.example"), [*OURS, ip_network("::1/128")]) == DELIVERED
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "127.1", "2130706433", "0x7f.1"])
 async def test_what_the_machines_own_names_and_spellings_mean_is_refused(receiver: Receiver, host: str):
     # By the machine's real resolver, without what stands before it when a URL is taken.
