@@ -211,6 +211,8 @@ async def test_messages_that_wait_are_handled_together_in_their_order(opened: Br
         await asyncio.wait_for(begun.wait(), 30)
         for number in range(1, 10):
             await opened.publish(permit(queue, str(number).encode()))
+        await asyncio.sleep(5 * broker.LINGER_SECONDS)
+        assert calls == [[b"0"]]  # one call at a time
         go_on.set()
         await eventually(lambda: sum(map(len, calls)) == 10, within_seconds=30)
 
