@@ -56,7 +56,7 @@ REST_SECONDS_EACH, MAX_REST_SECONDS = 0.04, 0.25  # after a message was sent, of
 POLL_SECONDS = 1.0  # finds what a killed replica left behind; everything else leaves at once
 SOON_SECONDS = 0.3  # another replica has sent what it holds, and deleted its row
 TIDY_SECONDS = 0.25  # rows of what was sent in this time are deleted together; after a crash they are sent again
-MAX_BACKOFF_SECONDS = 5.0
+MAX_BACKOFF_SECONDS = 2.0  # as long as what waits may wait on once the broker is back
 
 
 class MessageUnroutable(Unavailable):
@@ -217,6 +217,8 @@ class Outbox:
     async def _relay_some(self, publisher: Publisher) -> int:
         """Publish what can go; return how much that was."""
         time = asyncio.get_running_loop().time()
+        if self._stale():  # first: a round that only gave back would look like one in which the broker was there
+            await self._settle()
         if time >= self._look_time:
             full = await self._claim()
             self._look_time = time if full else time + POLL_SECONDS
