@@ -7,8 +7,8 @@ import json
 import logging
 import random
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -31,6 +31,7 @@ REDRIVEN_AT_ONCE = 100  # of a reason, in one call
 REPLAYED_AT_ONCE = 200  # in one transaction, which others wait for
 ASKED_AT_ONCE = 50  # files of a batch: enough to hide the way to storage, not enough to fill its doorway
 ASKED_TOGETHER = 1000  # files in one call, as the contract says
+CLAIMS_WAIT_SECONDS = 0.03  # at most, for creates
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         terms: returns what a worker is promised now.
         is_unserved: tells whether a pool lacks workers.
         clock: the time of day.
+        claims_wait_seconds: how long a claim may wait for creates.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         terms: Callable[[], Terms],
         is_unserved: Callable[[str], bool],
         clock: Clock,
+        claims_wait_seconds: float = CLAIMS_WAIT_SECONDS,
     ) -> None:
         self._tasks = tasks
         self._watches = watches
@@ -72,8 +75,13 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         self._terms = terms
         self._is_unserved = is_unserved
         self._clock = clock
+        self._creates = _Creates(claims_wait_seconds)
 
     async def CreateTask(self, request: pb.CreateTaskRequest, _: object) -> pb.Task:
+        with self._creates.one():
+            return convert.task_to_proto(await self._created(request))
+
+    async def _created(self, request: pb.CreateTaskRequest) -> Task:
         user = context.user()
         webhook_url = await self._hooks.taken(request.webhook_url, user.user_id)
         task_id = ids.new("tsk")
@@ -92,7 +100,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
                 crash.point("create: key kept")
                 present = None if first else await self._tasks.find(task_id)
                 if present is not None:
-                    return convert.task_to_proto(present)
+                    return present
             for refusal in filter(None, await refusals):
                 raise refusal
         finally:
@@ -120,7 +128,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             domain.require_fresh(reserved_time, self._clock.now())
             return step(now)
 
-        return convert.task_to_proto(await self._tasks.add(task_id, create))
+        return await self._tasks.add(task_id, create)
 
     async def CreateTaskBatch(self, request: pb.CreateTaskBatchRequest, _: object) -> pb.TaskBatch:
         user = context.user()
@@ -261,6 +269,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
         )
 
     async def ClaimTask(self, request: pb.ClaimTaskRequest, _: object) -> pb.ClaimTaskResponse:
+        await self._creates.passed()
         claimed = partial(domain.claimed, terms=self._terms())
         page = await self._tasks.claim(request.pool, request.max_tasks or 1, claimed)
         for task in page.tasks:
@@ -417,6 +426,33 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
             terms=self._terms(),
             jitter=random.random(),  # noqa: S311 - spreads tasks over time, keeps no secret
         )
+
+
+class _Creates:
+    """The creates under way, which claims let go first: somebody waits for a create, and what a claim brings begins."""
+
+    def __init__(self, patience_seconds: float) -> None:
+        self._patience_seconds = patience_seconds
+        self._count = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        self._count += 1
+        self._none.clear()
+        try:
+            yield
+        finally:
+            self._count -= 1
+            if not self._count:
+                self._none.set()
+
+    async def passed(self) -> None:
+        """Wait until none is under way; where there is always one, only for a moment."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._patience_seconds):
+                await self._none.wait()
 
 
 class WebhookService(webhook_pb2_grpc.WebhookServiceServicer):

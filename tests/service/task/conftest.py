@@ -25,7 +25,7 @@ from mesh.outbox import Message, MessageUnroutable, Outbox
 from mesh.service import READER_SECONDS
 from services.task import convert
 from services.task.domain import FORGET, Step, Task, Terms
-from services.task.handlers import TaskService, WebhookService
+from services.task.handlers import CLAIMS_WAIT_SECONDS, TaskService, WebhookService
 from services.task.repository import SqlTasks
 from services.task.tables import lock_table, outbox_table
 from services.task.upkeep import Upkeep
@@ -57,11 +57,13 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
     def __init__(self) -> None:
         self.failure: Exception | None = None
         self.is_old = False
+        self.asked = asyncio.Event()
         self.answers = asyncio.Event()
         self.answers.set()
         self.types = {PHOTO: "image/jpeg", MARK: "image/png", TEXT: "text/plain"}
 
     async def StatFile(self, request, _):
+        self.asked.set()
         await self.answers.wait()
         if self.failure:
             raise self.failure
@@ -302,10 +304,13 @@ async def start(url: str, storage: Storage, users: Users, bus: Bus) -> AsyncIter
     async with AsyncExitStack() as stack:
 
         async def start(
-            terms: Terms = BRISK, idle_seconds: float = 15.0, reader_seconds: float = READER_SECONDS
+            terms: Terms = BRISK,
+            idle_seconds: float = 15.0,
+            reader_seconds: float = READER_SECONDS,
+            claims_wait_seconds: float = CLAIMS_WAIT_SECONDS,
         ) -> Replica:
             return await stack.enter_async_context(
-                _replica(url, storage, users, bus, terms, idle_seconds, reader_seconds)
+                _replica(url, storage, users, bus, terms, idle_seconds, reader_seconds, claims_wait_seconds)
             )
 
         yield start
@@ -317,7 +322,14 @@ async def replica(start: Start) -> Replica:
 
 
 def _replica(
-    url: str, storage: Storage, users: Users, bus: Bus, terms: Terms, idle_seconds: float, reader_seconds: float
+    url: str,
+    storage: Storage,
+    users: Users,
+    bus: Bus,
+    terms: Terms,
+    idle_seconds: float,
+    reader_seconds: float,
+    claims_wait_seconds: float,
 ) -> AbstractAsyncContextManager[Replica]:
     @asynccontextmanager
     async def running() -> AsyncIterator[Replica]:
@@ -345,6 +357,7 @@ def _replica(
                 terms=lambda: terms,
                 is_unserved=upkeep.is_unserved,
                 clock=clock,
+                claims_wait_seconds=claims_wait_seconds,
             )
             work = [asyncio.create_task(each()) for each in watches.work(bus)]
             async with serving(

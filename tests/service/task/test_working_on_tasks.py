@@ -19,7 +19,7 @@ from services.task.tables import task as task_table
 from services.task.upkeep import Upkeep
 from tests.databases import are_waiting, on_postgresql
 from tests.eventually import eventually
-from tests.service.task.conftest import BRISK, KEY, OWNER, PHOTO, Bus, Replica, Start, refused, resize
+from tests.service.task.conftest import BRISK, KEY, OWNER, PHOTO, Bus, Replica, Start, Storage, refused, resize
 
 
 async def state(replica: Replica, task: pb.Task) -> str:
@@ -69,6 +69,46 @@ async def test_each_task_goes_to_one_worker(start: Start):
 
     claimed = [each.task.task_id for each in claims if each]
     assert len(claimed) == len(set(claimed)) == 5
+
+
+async def test_a_claim_lets_a_create_go_first(start: Start, storage: Storage):
+    """Somebody waits for it, and both want the same cores."""
+    replica = await start(claims_wait_seconds=30)
+    storage.answers.clear()
+    create = asyncio.create_task(replica.create())
+    await storage.asked.wait()
+
+    claim = asyncio.create_task(replica.claim())
+    await asyncio.wait([claim], timeout=0.3)
+    storage.answers.set()
+
+    assignment = await claim
+    assert assignment is not None
+    assert assignment.task.task_id == (await create).task_id
+
+
+async def test_a_claim_waits_only_a_moment_for_creates(replica: Replica, storage: Storage):
+    task = await replica.create()
+    storage.asked.clear()
+    storage.answers.clear()
+    create = asyncio.create_task(replica.create())
+    await storage.asked.wait()
+
+    assignment = await replica.claim()
+
+    assert assignment is not None
+    assert assignment.task.task_id == task.task_id
+    storage.answers.set()
+    await create
+
+
+async def test_a_claim_does_not_wait_for_creates_that_were_refused(start: Start):
+    replica = await start(claims_wait_seconds=30)
+    task = await replica.create()
+    await refused(replica.create(file_id="fil_unknown"))
+
+    async with asyncio.timeout(10):
+        assert (await replica.claimed()).task_id == task.task_id
 
 
 async def test_a_claim_gives_a_lease_and_a_capability_for_the_tasks_files(replica: Replica):
