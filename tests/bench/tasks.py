@@ -42,8 +42,7 @@ from tests.photographs import photograph
 
 WORKERS = 2  # processes
 IN_HAND = 100  # tasks of a worker of ours at a time
-CLAIMED_TOGETHER = 50
-REST_SECONDS = 0.05
+REST_SECONDS = 0.1  # between two rounds of claims, unless there may be more
 THREADS = 4  # of a worker process of Dramatiq
 # Who waits takes no core: more may. Celery is the fastest so, of 4 to 32 children, and of 16 and 32 threads.
 WAITING_CHILDREN, WAITING_THREADS = 8, 16
@@ -112,8 +111,7 @@ class NoOps:
         while not self._room:
             self._freed.clear()
             await self._freed.wait()
-        wanted = min(self._room, CLAIMED_TOGETHER)
-        request = task_pb2.ClaimTaskRequest(pool=CPU, worker_id=self._worker_id, max_tasks=wanted)
+        request = task_pb2.ClaimTaskRequest(pool=CPU, worker_id=self._worker_id, max_tasks=self._room)
         claim = await self._tasks.ClaimTask(request)
         assignments = [claim.assignment, *claim.others] if claim.HasField("assignment") else []
         self._room -= len(assignments)
