@@ -429,7 +429,7 @@ class TaskService(task_pb2_grpc.TaskServiceServicer):
 
 
 class _Creates:
-    """The creates under way, which claims let go first: somebody waits for a create, and what a claim brings begins."""
+    """The creates under way, which claims let go first: somebody waits for a create, nobody for a claim."""
 
     def __init__(self, patience_seconds: float) -> None:
         self._patience_seconds = patience_seconds
