@@ -46,6 +46,19 @@ async def swept(replica: Replica, terms: Terms = BRISK) -> None:
     await reaped(replica, terms)
 
 
+async def two_lost(replica: Replica) -> list[str]:
+    """Return the ids of two tasks whose leases have lapsed."""
+    for _ in range(2):
+        await replica.create()
+        await replica.claimed()
+
+    async def both() -> list[str]:
+        lost = await replica.tasks.lapsed(2)
+        return lost if len(lost) == 2 else []
+
+    return await eventually(both)
+
+
 async def reaped(replica: Replica, terms: Terms = BRISK) -> None:
     rested = Upkeep(replica.tasks, Bus(), lambda: terms, monotonic=iter([0.0, 1e9]).__next__)
     await rested.reap()
@@ -230,15 +243,7 @@ async def test_a_renewed_lease_is_not_taken(replica: Replica):
 
 
 async def test_a_lost_task_that_cannot_be_changed_holds_up_no_other(replica: Replica):
-    for _ in range(2):
-        await replica.create()
-        await replica.claimed()
-
-    async def both() -> bool:
-        return len(await replica.tasks.lapsed(2)) == 2
-
-    await eventually(both)
-    first, _second = await replica.tasks.lapsed(2)
+    first, _second = await two_lost(replica)
     replica.tasks.broken_id = first
     await reaped(replica)
 
@@ -246,15 +251,7 @@ async def test_a_lost_task_that_cannot_be_changed_holds_up_no_other(replica: Rep
 
 
 async def test_without_the_database_a_round_ends_and_does_not_wait_for_each_lost_task(replica: Replica):
-    for _ in range(2):
-        await replica.create()
-        await replica.claimed()
-
-    async def both() -> bool:
-        return len(await replica.tasks.lapsed(2)) == 2
-
-    await eventually(both)
-    lost = await replica.tasks.lapsed(2)
+    lost = await two_lost(replica)
     replica.tasks.broken_id, replica.tasks.bug = lost[0], Unavailable("The database is away.")
 
     with pytest.raises(Unavailable):
