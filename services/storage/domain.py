@@ -200,8 +200,8 @@ class Files(Protocol):
     async def finish(self, file_id: str) -> File | None:
         """Make a file ready; None when its row was taken away meanwhile."""
 
-    async def undo(self, file_id: str) -> bool:
-        """Take away a row unless it is ready; say whether it is gone, and so a debt stands."""
+    async def undo(self, begun: File) -> bool:
+        """Take away a row unless it is ready, and note the debt; say whether it is gone, now or before."""
 
     async def take(self, work: Work, lease_seconds: float) -> tuple[Turn, Sequence[File]]:
         """Begin files of the contents that equal work has made, or say who makes them.
@@ -245,8 +245,11 @@ class Files(Protocol):
     async def unconfirmed(self, age_seconds: float) -> Sequence[File]:
         """Return ready results that wait for their task since `age_seconds`; some, another time others."""
 
-    async def debts(self) -> Sequence[str]:
-        """Return ids of files that are gone and whose quota is not back yet; some, another time others."""
+    async def debts(self) -> Mapping[str, str | None]:
+        """Return whose quota is not back yet, by the ids of files that are gone; some, another time others.
+
+        None is of an earlier release, which did not note whose it was.
+        """
 
     async def pay(self, file_id: str) -> None:
         """Note that a file's quota is back."""
@@ -267,8 +270,11 @@ class Files(Protocol):
 class Quota(Protocol):
     """The user service's account of bytes; a file's reservation has the file's id."""
 
-    async def charge(self, file_id: str, user_id: str, size_bytes: int) -> None: ...
-    async def release(self, file_id: str) -> None: ...
+    async def charge(self, file_id: str, user_id: str, size_bytes: int) -> None:
+        """Count a file's bytes. Raises UploadUndone when they were released before, or the user service's refusal."""
+
+    async def release(self, file_id: str, user_id: str | None) -> None:
+        """Give a file's bytes back, for good: a charge that is still under way comes to nothing."""
 
 
 class Tasks(Protocol):
@@ -276,6 +282,10 @@ class Tasks(Protocol):
 
     async def standing(self, task_id: str) -> Standing | None:
         """Return where a task stands; None when there is no such task."""
+
+
+def undone() -> UploadUndone:
+    return UploadUndone("Storing the file took too long and was given up; send it again.", retry_after_seconds=1)
 
 
 def require_name(name: str) -> None:

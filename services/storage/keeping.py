@@ -29,10 +29,10 @@ from services.storage.domain import (
     ResultInUse,
     Tasks,
     Turn,
-    UploadUndone,
     Verdict,
     Work,
     require_size,
+    undone,
     verdict,
     work_key,
 )
@@ -74,7 +74,7 @@ class Keeping:
         kept = await self._files.finish(begun.file_id)
         if kept is None:
             await tried(self.undo(begun))
-            raise _undone()
+            raise undone()
         crash.point(f"{kind}: finished")
         return kept
 
@@ -123,7 +123,7 @@ class Keeping:
         crash.point("take: quota charged")
         kept = await self._files.finish(begun.file_id)
         if kept is None:
-            raise _undone()
+            raise undone()
         crash.point("take: finished")
         return kept
 
@@ -169,7 +169,7 @@ class Keeping:
 
     async def undo(self, file: File) -> None:
         """Take away what was begun, unless it is ready meanwhile."""
-        if await self._files.undo(file.file_id):
+        if await self._files.undo(file):
             await self._clear(file)
 
     async def remove_unused(self, sha256: str, fence: int | None = None) -> None:
@@ -178,10 +178,10 @@ class Keeping:
             if unused:
                 await self._blobs.remove(sha256)
 
-    async def give_back(self, file_id: str) -> None:
+    async def give_back(self, file_id: str, user_id: str | None) -> None:
         """Pay the debt of a file that is gone."""
         async with asyncio.timeout(GIVE_BACK_SECONDS):
-            await self._quota.release(file_id)
+            await self._quota.release(file_id, user_id)
         await self._files.pay(file_id)
 
     async def _judged(self, file: File) -> Verdict:
@@ -197,11 +197,7 @@ class Keeping:
     async def _clear(self, file: File) -> None:
         """Follow a row that is gone with its bytes and its quota; what fails here, upkeep does later."""
         await tried(self.remove_unused(file.sha256))
-        await tried(self.give_back(file.file_id))
-
-
-def _undone() -> UploadUndone:
-    return UploadUndone("Storing the file took too long and was given up; send it again.", retry_after_seconds=1)
+        await tried(self.give_back(file.file_id, file.user_id))
 
 
 async def tried(step: Awaitable[None]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from atelier.task.v1 import task_pb2, task_pb2_grpc
 from atelier.user.v1 import user_pb2, user_pb2_grpc
 
-from mesh.errors import NotFound
-from services.storage.domain import Standing
+from mesh.errors import FailedPrecondition, NotFound
+from services.storage.domain import Standing, undone
 
 _ENDED = {task_pb2.Task.STATE_SUCCEEDED, task_pb2.Task.STATE_FAILED, task_pb2.Task.STATE_CANCELLED}
 
@@ -18,20 +18,22 @@ class MeshQuota:
         self._users = users
 
     async def charge(self, file_id: str, user_id: str, size_bytes: int) -> None:
-        charged = await self._users.ReserveQuota(
-            user_pb2.ReserveQuotaRequest(
-                reservation_id=file_id,
-                user_id=user_id,
-                kind=user_pb2.ReserveQuotaRequest.KIND_STORAGE_BYTES,
-                amount=size_bytes,
-                charge=True,
-            )
+        request = user_pb2.ReserveQuotaRequest(
+            reservation_id=file_id,
+            user_id=user_id,
+            kind=user_pb2.ReserveQuotaRequest.KIND_STORAGE_BYTES,
+            amount=size_bytes,
+            charge=True,
         )
-        if charged.state == user_pb2.Reservation.STATE_HELD:  # by a release that does not know of charging at once
-            await self._users.SettleQuota(user_pb2.SettleQuotaRequest(reservation_id=file_id))
+        try:
+            charged = await self._users.ReserveQuota(request)
+            if charged.state == user_pb2.Reservation.STATE_HELD:  # by a release that does not know of charging at once
+                await self._users.SettleQuota(user_pb2.SettleQuotaRequest(reservation_id=file_id))
+        except FailedPrecondition as error:  # RESERVATION_RELEASED
+            raise undone() from error
 
-    async def release(self, file_id: str) -> None:
-        await self._users.ReleaseQuota(user_pb2.ReleaseQuotaRequest(reservation_id=file_id))
+    async def release(self, file_id: str, user_id: str | None) -> None:
+        await self._users.ReleaseQuota(user_pb2.ReleaseQuotaRequest(reservation_id=file_id, user_id=user_id or ""))
 
 
 class MeshTasks:

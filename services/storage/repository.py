@@ -124,15 +124,12 @@ class SqlFiles:
         async with self._database.statement() as connection:
             await _release(connection, task_id, attempt)
 
-    async def undo(self, file_id: str) -> bool:
+    async def undo(self, begun: File) -> bool:
+        this = file.c.file_id == begun.file_id
         async with self._database.transaction() as connection:
-            if await _take_away(connection, (file.c.file_id == file_id) & ~file.c.ready) is not None:
+            if await _take_away(connection, this & ~file.c.ready) is not None:
                 return True
-            if await _one(connection, file.c.file_id == file_id) is not None:
-                return False  # a twin of the call, with the same request id, made it ready
-            # Undone before, perhaps between this call's begin and its reserving: the quota goes back once more.
-            await _owe(connection, file_id)
-            return True
+            return await _one(connection, this) is None  # else a twin of the call, with its request id, made it ready
 
     async def get(self, user_id: str, file_id: str) -> File:
         async with self._database.query() as connection:
@@ -199,10 +196,10 @@ class SqlFiles:
     async def unconfirmed(self, age_seconds: float) -> Sequence[File]:
         return await self._older(age_seconds, file.c.ready & ~file.c.confirmed)
 
-    async def debts(self) -> Sequence[str]:
-        rows = select(debt.c.file_id).order_by(func.random()).limit(SOME)
+    async def debts(self) -> Mapping[str, str | None]:
+        rows = select(debt.c.file_id, debt.c.user_id).order_by(func.random()).limit(SOME)
         async with self._database.query() as connection:
-            return (await connection.execute(rows)).scalars().all()
+            return {row.file_id: row.user_id for row in await connection.execute(rows)}
 
     async def pay(self, file_id: str) -> None:
         async with self._database.statement() as connection:
@@ -328,12 +325,12 @@ async def _take_away(connection: AsyncConnection, which: ColumnElement[bool]) ->
     if taken is not None:
         # A later call with the key must not be told of a file that is no more.
         await connection.execute(delete(idempotency_table).where(idempotency_table.c.resource_id == taken.file_id))
-        await _owe(connection, taken.file_id)
+        await _owe(connection, taken)
     return taken
 
 
-async def _owe(connection: AsyncConnection, file_id: str) -> None:
-    await insert_if_absent(connection, debt, {"file_id": file_id})
+async def _owe(connection: AsyncConnection, gone: File) -> None:
+    await insert_if_absent(connection, debt, {"file_id": gone.file_id, "user_id": gone.user_id})
 
 
 def _required(found: File | None, file_id: str) -> File:

@@ -62,6 +62,7 @@ debt = Table(
     "debt",
     metadata,
     Column("file_id", Text, primary_key=True),
+    Column("user_id", Text),  # null when an earlier release noted it
     Column("create_time", Timestamp, nullable=False, default=clock()),
 )
 

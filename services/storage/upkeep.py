@@ -42,8 +42,8 @@ class Upkeep:
             await tried(self._keeping.undo(file))
         for result in await self._files.unconfirmed(UNCONFIRMED_SECONDS):
             await tried(self._keeping.settle(result))
-        for file_id in await self._files.debts():
-            await tried(self._keeping.give_back(file_id))
+        for file_id, user_id in (await self._files.debts()).items():
+            await tried(self._keeping.give_back(file_id, user_id))
 
     async def sweep(self, fence: int) -> None:
         """Remove bytes that no row has, and ids that are past their time."""

@@ -283,6 +283,14 @@ class Quotas(Protocol):
         Raises:
             UserNotFound: there is no such account.
             QuotaExceeded: they do not fit.
+            ReservationReleased: one that is to be charged was given back.
+        """
+
+    async def release(self, reservation_id: str, user_id: str, now: datetime) -> None:
+        """Give a reservation back, or a charge for stored bytes, which then cannot be charged again.
+
+        So it is with one that is not there: whoever gives up while it is being made knows that nothing is charged.
+        Without the `user_id` only what is there is given back.
         """
 
     async def move(self, reservation_id: str, target: State, now: datetime) -> Reservation | None:
@@ -382,10 +390,14 @@ def require_charged(reservation_id: str, reservation: Reservation | None) -> Res
             f"There is no reservation {reservation_id}.", metadata={"reservation_id": reservation_id}
         )
     if reservation.state is not State.SETTLED:
-        raise ReservationReleased(
-            f"The reservation {reservation_id} was given back.", metadata={"reservation_id": reservation_id}
-        )
+        raise given_back(reservation_id)
     return reservation
+
+
+def given_back(reservation_id: str) -> ReservationReleased:
+    return ReservationReleased(
+        f"The reservation {reservation_id} was given back.", metadata={"reservation_id": reservation_id}
+    )
 
 
 def period(kind: Kind, now: datetime) -> str:

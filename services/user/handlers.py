@@ -184,7 +184,7 @@ class UserService(user_pb2_grpc.UserServiceServicer):
         return convert.reservation_to_proto(require_charged(request.reservation_id, moved))
 
     async def ReleaseQuota(self, request: pb.ReleaseQuotaRequest, _: object) -> pb.ReleaseQuotaResponse:
-        await self._quotas.move(request.reservation_id, State.RELEASED, self._clock.now())
+        await self._quotas.release(request.reservation_id, request.user_id, self._clock.now())
         return pb.ReleaseQuotaResponse()
 
     async def _disputes(self, reservations: Sequence[Reservation]) -> list[pb.AuditQuotasResponse.Dispute]:

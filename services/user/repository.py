@@ -43,12 +43,14 @@ from services.user.domain import (
     Outcome,
     QuotaExceeded,
     Reservation,
+    ReservationReleased,
     Role,
     State,
     Status,
     Usage,
     UsernameTaken,
     exceeded,
+    given_back,
     moved,
     not_found,
     period,
@@ -253,11 +255,11 @@ class SqlQuotas:
                     continue
                 try:
                     await _hold(connection, account, group, reservations)
-                except QuotaExceeded:
-                    for each in group:  # some of them may fit
+                except (QuotaExceeded, ReservationReleased):
+                    for each in group:  # the others may be in order
                         try:
                             await _hold(connection, account, [each], reservations)
-                        except QuotaExceeded as refusal:
+                        except (QuotaExceeded, ReservationReleased) as refusal:
                             refusals[each] = refusal
             for kind in {each.kind for each in wanted}:
                 crash.point(f"quota for {kind}: written")
@@ -271,6 +273,17 @@ class SqlQuotas:
     async def move(self, reservation_id: str, target: State, now: datetime) -> Reservation | None:
         async with self._database.transaction() as connection:
             return (await _move(connection, [(reservation_id, target)], now)).get(reservation_id)
+
+    async def release(self, reservation_id: str, user_id: str, now: datetime) -> None:
+        moves = [(reservation_id, State.RELEASED)]
+        async with self._database.transaction() as connection:
+            if await _move(connection, moves, now):
+                return
+            # Perhaps it is being charged: whoever does that has the account's lock, and is waited for here.
+            if user_id in await _accounts(connection, [user_id]) and not await _move(connection, moves, now):
+                kind = Kind.STORAGE_BYTES  # nothing else is charged at once
+                gone = Reservation(reservation_id, user_id, kind, period(kind, now), 0, State.RELEASED)
+                await connection.execute(_INSERT_RESERVATION, _reservation_columns(gone, now))
 
     async def follow(self, outcomes: Sequence[Outcome], now: datetime) -> None:
         targets = {each.target for each in outcomes}
@@ -359,10 +372,14 @@ async def _hold(
 
     Raises:
         QuotaExceeded: together they do not fit.
+        ReservationReleased: one is to be charged, and was given back.
     """
     wanted, now = alike[0], max(each.now for each in alike)
     ids = dict.fromkeys(each for one in alike for each in one.reservation_ids)
-    kept = {each for each in ids if each in reservations and reservations[each].state is not State.RELEASED}
+    released = [each for each in ids if each in reservations and reservations[each].state is State.RELEASED]
+    if released and wanted.state is State.SETTLED:
+        raise given_back(released[0])
+    kept = {each for each in ids if each in reservations} - {*released}
     if held := [each for each in kept if reservations[each].state is State.HELD]:
         if wanted.state is State.SETTLED:
             reservations |= await _move(connection, [(each, State.SETTLED) for each in held], now)
@@ -380,7 +397,7 @@ async def _hold(
     if not await _set_aside(connection, fresh[0], total, account.limit(wanted.kind)):
         usage = await _usage(connection, account.user_id, wanted.kind, fresh[0].period)
         raise exceeded(account, wanted.kind, usage, total, now)
-    if released := [each.reservation_id for each in fresh if each.reservation_id in reservations]:
+    if released:
         await connection.execute(delete(reservation).where(_among(released)))
     await connection.execute(_INSERT_RESERVATION, [_reservation_columns(each, now) for each in fresh])
     used, reserved = _places(wanted.state, wanted.amount)

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import func, insert, select, update
 
 from mesh import database, ids, inbox, lock
+from mesh.errors import Unavailable
 from services.storage.domain import File, FileNotFound, NewFile, UploadUndone
 from services.storage.keeping import Keeping
 from services.storage.repository import EVENTS_KEPT, SqlFiles
@@ -145,19 +146,38 @@ async def test_an_upload_given_up_by_another_replica_is_told_so_and_leaves_nothi
 
 async def test_an_upload_given_up_before_its_quota_was_charged_is_not_charged_for_ever(world):
     class Slow(Crashing):
-        async def charge(self, file_id, *arguments):
-            await world.files.undo(file_id)  # as another replica's upkeep
-            await world.keeping.give_back(file_id)
-            await world.quota.charge(file_id, *arguments)
-            world.users.away = True
+        async def charge(self, *arguments):
+            [begun] = await world.files.stale(-1)
+            await world.keeping.undo(begun)  # as another replica's upkeep
+            await world.quota.charge(*arguments)
 
     slow = Keeping(world.files, world.blobs, Slow(world.quota, count(), -1), world.judge)
 
     with pytest.raises(UploadUndone):
         await keep(slow, world, upload())
 
+    assert await in_agreement(world)
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_an_upload_whose_charge_comes_after_it_was_given_up_is_not_charged(world, away):
+    charges = []
+
+    class Slow(Crashing):
+        async def charge(self, *arguments):
+            charges.append(arguments)  # it is under way
+            world.users.away = away
+            raise Unavailable("No answer in time.")
+
+    slow = Keeping(world.files, world.blobs, Slow(world.quota, count(), -1), world.judge)
+    with pytest.raises(Unavailable):
+        await keep(slow, world, upload())
     world.users.away = False
     await tidied(world)
+
+    with pytest.raises(UploadUndone):
+        await world.quota.charge(*charges[0])
+
     assert (await world.rows(), world.contents(), world.users.used) == ({}, set(), {})
 
 
@@ -263,7 +283,7 @@ async def test_an_upload_made_ready_while_it_is_undone_stays(world):
 
     async with world.sql.transaction() as connection:
         await connection.execute(update(file).values(ready=True))  # as finishing it does
-        undo = asyncio.create_task(world.files.undo(begun.file_id))
+        undo = asyncio.create_task(world.files.undo(begun))
         await asyncio.wait([undo], timeout=0.5)
 
     assert await undo is False

@@ -367,7 +367,7 @@ async def test_a_quota_that_is_given_back_leaves_the_others_owed(world):
         await world.stub().DeleteFile(storage_pb2.DeleteFileRequest(file_id=file_id))
     world.users.away = False
 
-    await world.keeping.give_back(stored[0])
+    await world.keeping.give_back(stored[0], "usr_ann")
 
     assert world.users.used == {stored[1]: 5}
     await world.upkeep.tend()

@@ -19,7 +19,7 @@ from sqlalchemy import text
 from mesh import capability, database, lock
 from mesh.capability import Capability
 from mesh.clock import SystemClock
-from mesh.errors import Internal, NotFound, ResourceExhausted, Unavailable
+from mesh.errors import FailedPrecondition, Internal, NotFound, ResourceExhausted, Unavailable
 from services.storage.blobs import FolderBlobs
 from services.storage.domain import SWEEP
 from services.storage.handlers import StorageService
@@ -37,6 +37,10 @@ LIMIT_BYTES = 1024 * 1024
 
 class QuotaExceeded(ResourceExhausted):
     reason = "QUOTA_EXCEEDED"
+
+
+class ReservationReleased(FailedPrecondition):
+    reason = "RESERVATION_RELEASED"
 
 
 class Users(user_pb2_grpc.UserServiceServicer):
@@ -74,6 +78,8 @@ class Users(user_pb2_grpc.UserServiceServicer):
             )
             self.amounts[request.reservation_id] = request.amount
         if request.charge and not self.is_old:
+            if self.reservations[request.reservation_id].state == user_pb2.Reservation.STATE_RELEASED:
+                raise ReservationReleased("Given back.")
             self.reservations[request.reservation_id].state = user_pb2.Reservation.STATE_SETTLED
         return self.reservations[request.reservation_id]
 
@@ -90,6 +96,10 @@ class Users(user_pb2_grpc.UserServiceServicer):
             raise Internal("Broken.")
         if request.reservation_id in self.reservations:
             self.reservations[request.reservation_id].state = user_pb2.Reservation.STATE_RELEASED
+        elif request.user_id:
+            self.reservations[request.reservation_id] = user_pb2.Reservation(
+                reservation_id=request.reservation_id, state=user_pb2.Reservation.STATE_RELEASED
+            )
         return user_pb2.ReleaseQuotaResponse()
 
     def _require_here(self) -> None:

@@ -10,7 +10,7 @@ from mesh.broker import Delivery
 from mesh.errors import FailedPrecondition, MeshError, NotFound, PermissionDenied, ResourceExhausted, Unavailable
 from services.user.domain import Kind, State
 from services.user.repository import SqlQuotas
-from services.user.tables import counter, reservation
+from services.user.tables import account, counter, reservation
 from tests.databases import are_waiting, on_postgresql
 from tests.eventually import eventually
 
@@ -39,8 +39,9 @@ async def settle(home, reservation_id):
     return await home.stub(caller="storage").SettleQuota(pb.SettleQuotaRequest(reservation_id=reservation_id))
 
 
-async def release(home, reservation_id, caller="storage"):
-    await home.stub(caller=caller).ReleaseQuota(pb.ReleaseQuotaRequest(reservation_id=reservation_id))
+async def release(home, reservation_id, caller="storage", user_id=""):
+    request = pb.ReleaseQuotaRequest(reservation_id=reservation_id, user_id=user_id)
+    await home.stub(caller=caller).ReleaseQuota(request)
 
 
 async def test_of_a_thousand_parallel_calls_the_limit_s_hundred_pass(home, record_property):
@@ -167,13 +168,11 @@ async def test_stored_bytes_are_charged_and_given_back_when_deleted(home):
     assert counts((await home.quota(ada.user_id)).storage_bytes) == (0, 0)
 
 
-@pytest.mark.parametrize("before", ["nothing", "held", "charged", "given back"])
+@pytest.mark.parametrize("before", ["nothing", "held", "charged"])
 async def test_what_is_charged_at_once_is_charged_once_whatever_was_before(home, before):
     ada = await home.registered()
     if before != "nothing":
         await home.reserve(ada.user_id, "fil_1", 500, storage=True, charge=before == "charged")
-    if before == "given back":
-        await release(home, "fil_1")
 
     charged = await home.reserve(ada.user_id, "fil_1", 500, storage=True, charge=True)
 
@@ -182,6 +181,78 @@ async def test_what_is_charged_at_once_is_charged_once_whatever_was_before(home,
     await release(home, "fil_1")
     assert counts((await home.quota(ada.user_id)).storage_bytes) == (0, 0)
     assert await home.quotas.audit() == []
+
+
+@pytest.mark.parametrize("before", ["nothing", "held", "charged"])
+async def test_what_was_given_back_cannot_be_charged_at_once_whatever_was_before(home, before):
+    ada = await home.registered()
+    if before != "nothing":
+        await home.reserve(ada.user_id, "fil_1", 500, storage=True, charge=before == "charged")
+    await release(home, "fil_1", user_id=ada.user_id)
+    await release(home, "fil_1", user_id=ada.user_id)
+
+    with pytest.raises(FailedPrecondition) as refusal:
+        await home.reserve(ada.user_id, "fil_1", 500, storage=True, charge=True)
+
+    assert (refusal.value.reason, refusal.value.metadata["reservation_id"]) == ("RESERVATION_RELEASED", "fil_1")
+    assert counts((await home.quota(ada.user_id)).storage_bytes) == (0, 0)
+    assert await home.quotas.audit() == []
+
+
+async def test_of_charges_at_once_only_what_was_given_back_is_refused(home):
+    ada = await home.registered()
+    await home.reserve(ada.user_id, "fil_4", 500, storage=True)
+    await release(home, "fil_2", user_id=ada.user_id)
+
+    async def charge(file_id):
+        return await home.quotas.reserve(
+            [file_id], ada.user_id, Kind.STORAGE_BYTES, 500, home.clock.now(), charge=True
+        )
+
+    outcomes = await asyncio.gather(*(charge(f"fil_{number}") for number in range(5)), return_exceptions=True)
+
+    assert [each.reason for each in outcomes if isinstance(each, MeshError)] == ["RESERVATION_RELEASED"]
+    assert isinstance(outcomes[2], MeshError)
+    assert counts((await home.quota(ada.user_id)).storage_bytes) == (2000, 0)
+    assert await home.quotas.audit() == []
+
+
+async def test_what_nobody_has_is_given_back_without_complaint(home):
+    await release(home, "fil_1", user_id="usr_none")
+
+    assert await home.quotas.audit() == []
+
+
+@on_postgresql
+async def test_what_is_given_back_while_it_is_being_charged_is_not_charged(home):
+    ada = await home.registered()
+    async with home.sql.transaction() as connection:
+        await connection.execute(select(account).where(account.c.user_id == ada.user_id).with_for_update())
+        charge = asyncio.create_task(home.reserve(ada.user_id, "fil_1", 500, storage=True, charge=True))
+        await eventually(lambda: are_waiting(home.sql, 1))
+        back = asyncio.create_task(release(home, "fil_1", user_id=ada.user_id))
+        await asyncio.wait([back], timeout=0.5)
+
+    charged, _ = await asyncio.gather(charge, back)
+
+    assert charged.state == SETTLED
+    assert counts((await home.quota(ada.user_id)).storage_bytes) == (0, 0)
+
+
+@on_postgresql
+async def test_what_is_given_back_while_its_charge_is_still_to_come_is_not_charged(home):
+    ada = await home.registered()
+    async with home.sql.transaction() as connection:
+        await connection.execute(select(account).where(account.c.user_id == ada.user_id).with_for_update())
+        back = asyncio.create_task(release(home, "fil_1", user_id=ada.user_id))
+        await eventually(lambda: are_waiting(home.sql, 1))
+        charge = asyncio.create_task(home.reserve(ada.user_id, "fil_1", 500, storage=True, charge=True))
+        await eventually(lambda: are_waiting(home.sql, 2))
+
+    refusal, _ = await asyncio.gather(charge, back, return_exceptions=True)
+
+    assert refusal.reason == "RESERVATION_RELEASED"
+    assert counts((await home.quota(ada.user_id)).storage_bytes) == (0, 0)
 
 
 async def test_what_is_charged_at_once_must_fit(home):

@@ -70,7 +70,7 @@ class UserServiceStub:
     """Reads role and status of an account for a service. Fails with USER_NOT_FOUND."""
     ReserveQuota: _grpc.UnaryUnaryMultiCallable[_user_pb2.ReserveQuotaRequest, _user_pb2.Reservation]
     """Sets an amount aside. Repeating it with the same reservation id changes nothing, unless it was given
-    back meanwhile: then it is set aside again.
+    back meanwhile: then it is set aside again, but cannot be charged (`charge`: RESERVATION_RELEASED).
     Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND. RetryInfo says a second where
     only reservations that may still be given back are in the way, the time to the next month where tasks are used up.
     """
@@ -83,7 +83,9 @@ class UserServiceStub:
     Fails with RESERVATION_NOT_FOUND or RESERVATION_RELEASED.
     """
     ReleaseQuota: _grpc.UnaryUnaryMultiCallable[_user_pb2.ReleaseQuotaRequest, _user_pb2.ReleaseQuotaResponse]
-    """Gives a reservation or a charge back. Repeating it, or releasing what never was, changes nothing."""
+    """Gives a reservation or a charge back. Repeating it, or releasing what never was, changes nothing that is counted.
+    With a user's id, a charge that comes later, or is under way, comes to nothing, too.
+    """
 
 @_typing.type_check_only
 class UserServiceAsyncStub(UserServiceStub):
@@ -127,7 +129,7 @@ class UserServiceAsyncStub(UserServiceStub):
     """Reads role and status of an account for a service. Fails with USER_NOT_FOUND."""
     ReserveQuota: _aio.UnaryUnaryMultiCallable[_user_pb2.ReserveQuotaRequest, _user_pb2.Reservation]  # type: ignore[assignment]
     """Sets an amount aside. Repeating it with the same reservation id changes nothing, unless it was given
-    back meanwhile: then it is set aside again.
+    back meanwhile: then it is set aside again, but cannot be charged (`charge`: RESERVATION_RELEASED).
     Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND. RetryInfo says a second where
     only reservations that may still be given back are in the way, the time to the next month where tasks are used up.
     """
@@ -140,7 +142,9 @@ class UserServiceAsyncStub(UserServiceStub):
     Fails with RESERVATION_NOT_FOUND or RESERVATION_RELEASED.
     """
     ReleaseQuota: _aio.UnaryUnaryMultiCallable[_user_pb2.ReleaseQuotaRequest, _user_pb2.ReleaseQuotaResponse]  # type: ignore[assignment]
-    """Gives a reservation or a charge back. Repeating it, or releasing what never was, changes nothing."""
+    """Gives a reservation or a charge back. Repeating it, or releasing what never was, changes nothing that is counted.
+    With a user's id, a charge that comes later, or is under way, comes to nothing, too.
+    """
 
 class UserServiceServicer(metaclass=_abc_1.ABCMeta):
     """Accounts and what each may use. `me` as a user id means the caller."""
@@ -253,7 +257,7 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_user_pb2.Reservation, _abc.Awaitable[_user_pb2.Reservation]]:
         """Sets an amount aside. Repeating it with the same reservation id changes nothing, unless it was given
-        back meanwhile: then it is set aside again.
+        back meanwhile: then it is set aside again, but cannot be charged (`charge`: RESERVATION_RELEASED).
         Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND. RetryInfo says a second where
         only reservations that may still be given back are in the way, the time to the next month where tasks are used up.
         """
@@ -284,6 +288,8 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _user_pb2.ReleaseQuotaRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_user_pb2.ReleaseQuotaResponse, _abc.Awaitable[_user_pb2.ReleaseQuotaResponse]]:
-        """Gives a reservation or a charge back. Repeating it, or releasing what never was, changes nothing."""
+        """Gives a reservation or a charge back. Repeating it, or releasing what never was, changes nothing that is counted.
+        With a user's id, a charge that comes later, or is under way, comes to nothing, too.
+        """
 
 def add_UserServiceServicer_to_server(servicer: UserServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
