@@ -205,9 +205,7 @@ async def test_of_charges_at_once_only_what_was_given_back_is_refused(home):
     await release(home, "fil_2", user_id=ada.user_id)
 
     async def charge(file_id):
-        return await home.quotas.reserve(
-            [file_id], ada.user_id, Kind.STORAGE_BYTES, 500, home.clock.now(), charge=True
-        )
+        return await home.quotas.reserve([file_id], ada.user_id, Kind.STORAGE_BYTES, 500, home.clock.now(), charge=True)
 
     outcomes = await asyncio.gather(*(charge(f"fil_{number}") for number in range(5)), return_exceptions=True)
 
