@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from tests.chaos.journal import Job
 from tests.chaos.storm import Report, storm
 from tests.installation import running
 
@@ -47,7 +48,7 @@ def say(line: str) -> None:
 
 def tell(report: Report) -> None:
     journal, findings = report.journal, report.findings
-    ends = Counter(job.state or f"refused ({job.refusal})" for job in journal.jobs)
+    ends = Counter(ended(job) for job in journal.jobs)
     say("")
     say(f"{report.faults.total()} faults: " + listed(report.faults))
     say(f"{report.accepted} tasks accepted: " + listed(ends))
@@ -60,6 +61,12 @@ def tell(report: Report) -> None:
     for line in findings.wrong:
         say(f"WRONG: {line}")
     say("The audit found nothing wrong." if not findings.wrong else f"The audit found {len(findings.wrong)} faults.")
+
+
+def ended(job: Job) -> str:
+    if job.failure:
+        return f"{job.state} ({job.failure})"
+    return job.state or f"refused ({job.refusal})"
 
 
 def listed(counts: Counter[str]) -> str:

@@ -20,6 +20,8 @@ class Job:
     """Why it was not accepted."""
     state: str = ""
     """How it ended, as the person was told."""
+    failure: str = ""
+    """Why it failed, if it did."""
     output_sha256: str = ""
 
 

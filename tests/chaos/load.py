@@ -145,6 +145,7 @@ class _Person:
             await self._ask("POST", f"tasks/{task_id}:retry", json={}, settled=("TASK_NOT_RETRYABLE",))
             end = await self._polled(task_id)
         job.state = end["state"].removeprefix("STATE_")
+        job.failure = end.get("error", {}).get("reason", "")
         if job.state == "SUCCEEDED":
             [file_id] = end["outputFileIds"]
             content = (await self._ask("GET", f"files/{file_id}/content")).content
