@@ -698,14 +698,14 @@ class _Patience:
 
 
 async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
-    """Try again while a service behind the edge is away; a server that is not there at all is told at once."""
+    """Try again while a service behind the edge is away, or undoes what it began; no server at all is told at once."""
     patience = _Patience(RUN_PATIENCE_SECONDS)
     while True:
         try:
             return await attempt()
         except Unreachable:
             raise
-        except Unavailable as error:
+        except (Unavailable, Aborted) as error:
             await patience.tried(error)
 
 

@@ -19,7 +19,7 @@ from google.rpc import status_pb2
 
 from mesh import channel, status
 from mesh.capability import CAPABILITY_KEY
-from mesh.errors import Internal, MeshError, Unavailable
+from mesh.errors import Aborted, Internal, MeshError, Unavailable
 from services.media.domain import NoRoom, StorageUnavailable, Written, name_ending
 from services.media.renders import Original
 
@@ -161,7 +161,7 @@ async def _require_success(response: aiohttp.ClientResponse) -> None:
     refusal = _refusal(response.status, await response.read())
     if refusal.reason == NoRoom.reason:
         raise NoRoom(refusal.message, retry_after_seconds=refusal.retry_after_seconds)
-    if response.status >= 500:
+    if response.status >= 500 or isinstance(refusal, Aborted):  # UPLOAD_UNDONE: to be sent again
         raise Unavailable(f"Storage answered {response.status}.")
     raise refusal
 

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from atelier.storage.v1 import storage_pb2, storage_pb2_grpc
 from google.protobuf import json_format
 
-from mesh.errors import DeadlineExceeded, Internal, MeshError, Unavailable, Unimplemented
+from mesh.errors import Aborted, DeadlineExceeded, Internal, MeshError, Unavailable, Unimplemented
 
 ASK_AGAIN_SECONDS = 0.25
 WAIT_SECONDS = 60.0  # for another's results; an operation may take no longer, so then it is made here, too
@@ -54,7 +54,7 @@ class Results:
         while True:
             try:
                 answer = await self._storage.TakeResults(request)
-            except (Unavailable, DeadlineExceeded, Unimplemented, Internal) as failure:
+            except (Unavailable, Aborted, DeadlineExceeded, Unimplemented, Internal) as failure:
                 log.info("nobody knows whether this was made before", extra={"failure": repr(failure)})
                 return storage_pb2.TakeResultsResponse()
             if not answer.wait or time.monotonic() >= until:

@@ -105,8 +105,8 @@ class Installation(
     """So many calls are refused for what is about to be given back."""
     ready: bool = True
     upload_pause_seconds: float = 0.0
-    bytes_away: int = 0
-    """How often storage answers that it cannot, from now on."""
+    bytes_failures: list[errors.MeshError] = field(default_factory=list)
+    """What storage refuses the next calls with."""
     url: str = ""
 
     # Accounts
@@ -448,9 +448,8 @@ class Installation(
         return self.refusal(request) or Response(request.url.query.encode())
 
     def refusal(self, request: Request) -> Response | None:
-        if self.bytes_away:
-            self.bytes_away -= 1
-            return refused(errors.Unavailable("Storage is away."))
+        if self.bytes_failures:
+            return refused(self.bytes_failures.pop())
         known = request.headers.get("authorization", "").removeprefix("Bearer ") in self.access_tokens
         return None if known else refused(Expired("The access token has expired."))
 

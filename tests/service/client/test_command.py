@@ -13,6 +13,7 @@ import pytest
 from atelier.media.v1.media_pb2 import FORMAT_PNG, FORMAT_WEBP
 from atelier.task.v1.task_pb2 import Task
 
+from mesh import errors
 from tests.eventually import eventually
 from tests.ports import free_port
 from tests.service.client.conftest import HOST, PASSWORD, RESULT, Installation, Person
@@ -335,14 +336,17 @@ async def test_a_result_goes_to_a_pipe_by_its_name_and_to_a_file_with_the_longes
     assert (code, (person.folder / name).read_bytes()) == (0, RESULT)
 
 
-async def test_a_run_bears_a_storage_that_is_away_for_a_moment(person: Person, installation: Installation) -> None:
+@pytest.mark.parametrize("failure", [errors.Unavailable("Away."), errors.Aborted("Given up; send it again.")])
+async def test_a_run_bears_a_storage_that_fails_for_a_moment(
+    person: Person, installation: Installation, failure: errors.MeshError
+) -> None:
     photo(person)
     await person.registers()
 
-    installation.bytes_away = 2
+    installation.bytes_failures = [failure, failure]
     code, _, err = await person.types("run", "resize", "photo.jpg", "--width", "8", "-o", "small.webp")
 
-    assert (code, len(installation.files), installation.bytes_away) == (0, 2, 0), err
+    assert (code, len(installation.files), installation.bytes_failures) == (0, 2, []), err
 
 
 async def test_who_cannot_keep_the_result_is_told_what_was_done(person: Person) -> None:

@@ -51,6 +51,10 @@ class StorageFull(Unavailable):
     reason = "STORAGE_FULL"
 
 
+class UploadUndone(Aborted):
+    reason = "UPLOAD_UNDONE"
+
+
 class FileNotFound(NotFound):
     reason = "FILE_NOT_FOUND"
 
@@ -158,6 +162,7 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
         self.reads: list[str] = []
         self.away = False
         self.full = False
+        self.undone = 0  # so many results are refused as given up, from now on
         self.delay_seconds = 0.0
         self.asked = 0
         self.ignorance: MeshError | None = None
@@ -185,6 +190,9 @@ class Storage(storage_pb2_grpc.StorageServiceServicer):
         content = await request.body()
         if self.full:
             raise StorageFull("Full.")
+        if self.undone:
+            self.undone -= 1
+            raise UploadUndone("Given up.")
         capability = request.headers["x-atelier-capability"]
         index = request.query_params["index"]
         at = capability if index == "0" else f"{capability}-{index}"

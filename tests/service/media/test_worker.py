@@ -12,7 +12,7 @@ import pytest
 from atelier.media.v1 import media_pb2
 from PIL import Image
 
-from mesh.errors import DeadlineExceeded, Internal, MeshError, Unavailable, Unimplemented
+from mesh.errors import Aborted, DeadlineExceeded, Internal, MeshError, Unavailable, Unimplemented
 from tests.eventually import eventually
 from tests.service.media.conftest import LEASE_SECONDS, LONG, SHORT, Start
 from tests.slow_image import slow_image
@@ -119,7 +119,7 @@ async def test_who_makes_what_others_wait_for_says_so_for_as_long_as_it_does(sta
     assert world.storage.asked == asked + 1
 
 
-@pytest.mark.parametrize("failure", [Unavailable, DeadlineExceeded, Unimplemented, Internal])
+@pytest.mark.parametrize("failure", [Unavailable, Aborted, DeadlineExceeded, Unimplemented, Internal])
 async def test_where_nobody_knows_what_was_made_before_it_is_made(start: Start, failure: type[MeshError]):
     world = await start()
     world.storage.ignorance = failure("No.")
@@ -158,6 +158,16 @@ async def test_storage_away_is_waited_for(start: Start):
     world.storage.away = False
 
     await eventually(lambda: task_id in world.tasks.completed)
+
+
+async def test_a_result_that_storage_undid_is_sent_again(start: Start):
+    world = await start()
+    world.storage.undone = 2
+
+    task_id = world.do()
+
+    await eventually(lambda: task_id in world.tasks.completed)
+    assert world.storage.undone == 0
 
 
 @pytest.mark.parametrize(("state", "reason"), [("away", "STORAGE_UNAVAILABLE"), ("full", "STORAGE_FULL")])
