@@ -201,7 +201,7 @@ class Files(Protocol):
         """Make a file ready; None when its row was taken away meanwhile."""
 
     async def undo(self, begun: File) -> bool:
-        """Take away a row unless it is ready, and note the debt; say whether it is gone, now or before."""
+        """Take away a row unless it is ready; say whether it is gone, and so a debt stands."""
 
     async def take(self, work: Work, lease_seconds: float) -> tuple[Turn, Sequence[File]]:
         """Begin files of the contents that equal work has made, or say who makes them.

@@ -29,7 +29,9 @@ class MeshQuota:
             charged = await self._users.ReserveQuota(request)
             if charged.state == user_pb2.Reservation.STATE_HELD:  # by a release that does not know of charging at once
                 await self._users.SettleQuota(user_pb2.SettleQuotaRequest(reservation_id=file_id))
-        except FailedPrecondition as error:  # RESERVATION_RELEASED
+        except FailedPrecondition as error:
+            if error.reason != "RESERVATION_RELEASED":
+                raise
             raise undone() from error
 
     async def release(self, file_id: str, user_id: str | None) -> None:

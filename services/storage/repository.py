@@ -129,7 +129,10 @@ class SqlFiles:
         async with self._database.transaction() as connection:
             if await _take_away(connection, this & ~file.c.ready) is not None:
                 return True
-            return await _one(connection, this) is None  # else a twin of the call, with its request id, made it ready
+            if await _one(connection, this) is not None:
+                return False  # a twin of the call, with the same request id, made it ready
+            await _owe(connection, begun)  # undone before, perhaps released by an earlier release: once more
+            return True
 
     async def get(self, user_id: str, file_id: str) -> File:
         async with self._database.query() as connection:

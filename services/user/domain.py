@@ -287,10 +287,10 @@ class Quotas(Protocol):
         """
 
     async def release(self, reservation_id: str, user_id: str, now: datetime) -> None:
-        """Give a reservation back, or a charge for stored bytes, which then cannot be charged again.
+        """Give a reservation back, or a charge for stored bytes; from then on it cannot be charged at once.
 
         So it is with one that is not there: whoever gives up while it is being made knows that nothing is charged.
-        Without the `user_id` only what is there is given back.
+        With an empty `user_id` only what is there is given back.
         """
 
     async def move(self, reservation_id: str, target: State, now: datetime) -> Reservation | None:

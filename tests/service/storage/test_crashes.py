@@ -144,19 +144,27 @@ async def test_an_upload_given_up_by_another_replica_is_told_so_and_leaves_nothi
     assert (await world.rows(), world.contents(), world.users.used) == ({}, set(), {})
 
 
-async def test_an_upload_given_up_before_its_quota_was_charged_is_not_charged_for_ever(world):
+@pytest.mark.parametrize("is_old", [False, True])
+async def test_an_upload_given_up_before_its_quota_was_charged_is_not_charged_for_ever(world, is_old):
+    world.users.is_old = is_old
+
     class Slow(Crashing):
         async def charge(self, *arguments):
             [begun] = await world.files.stale(-1)
             await world.keeping.undo(begun)  # as another replica's upkeep
-            await world.quota.charge(*arguments)
+            try:
+                await world.quota.charge(*arguments)
+            finally:
+                world.users.away = True
 
     slow = Keeping(world.files, world.blobs, Slow(world.quota, count(), -1), world.judge)
 
     with pytest.raises(UploadUndone):
         await keep(slow, world, upload())
 
-    assert await in_agreement(world)
+    world.users.away = False
+    await tidied(world)
+    assert (await world.rows(), world.contents(), world.users.used) == ({}, set(), {})
 
 
 @pytest.mark.parametrize("away", [False, True])

@@ -46,7 +46,8 @@ class ReservationReleased(FailedPrecondition):
 class Users(user_pb2_grpc.UserServiceServicer):
     """Keeps reservations as the user service promises to.
 
-    `away`: out of reach, `silent`: gives no answer to a release, `is_old`: knows no charge at once, `broken`: of which
+    `away`: out of reach, `silent`: gives no answer to a release, `is_old`: knows no charge at once and no release of
+    what is still to come, `broken`: of which
     reservations no release succeeds.
     """
 
@@ -77,11 +78,14 @@ class Users(user_pb2_grpc.UserServiceServicer):
                 reservation_id=request.reservation_id, state=user_pb2.Reservation.STATE_HELD
             )
             self.amounts[request.reservation_id] = request.amount
+        reservation = self.reservations[request.reservation_id]
         if request.charge and not self.is_old:
-            if self.reservations[request.reservation_id].state == user_pb2.Reservation.STATE_RELEASED:
+            if reservation.state == user_pb2.Reservation.STATE_RELEASED:
                 raise ReservationReleased("Given back.")
-            self.reservations[request.reservation_id].state = user_pb2.Reservation.STATE_SETTLED
-        return self.reservations[request.reservation_id]
+            reservation.state = user_pb2.Reservation.STATE_SETTLED
+        elif reservation.state == user_pb2.Reservation.STATE_RELEASED:
+            reservation.state = user_pb2.Reservation.STATE_HELD
+        return reservation
 
     async def SettleQuota(self, request, context):
         self._require_here()
@@ -96,7 +100,7 @@ class Users(user_pb2_grpc.UserServiceServicer):
             raise Internal("Broken.")
         if request.reservation_id in self.reservations:
             self.reservations[request.reservation_id].state = user_pb2.Reservation.STATE_RELEASED
-        elif request.user_id:
+        elif request.user_id and not self.is_old:
             self.reservations[request.reservation_id] = user_pb2.Reservation(
                 reservation_id=request.reservation_id, state=user_pb2.Reservation.STATE_RELEASED
             )

@@ -933,7 +933,9 @@ class ReleaseQuotaRequest(_message.Message):
     reservation_id: _builtins.str
     """The reservation."""
     user_id: _builtins.str
-    """Whose stored bytes must not be charged under this name from now on, should there be no reservation yet."""
+    """Whose stored bytes must not be charged under this name from now on, should there be no reservation yet. Empty: only what
+    is there is given back.
+    """
     def __init__(
         self,
         *,

@@ -203,8 +203,8 @@ class UserServiceServicer:
 
     def ReserveQuota(self, request, context):
         """Sets an amount aside. Repeating it with the same reservation id changes nothing, unless it was given
-        back meanwhile: then it is set aside again, but cannot be charged (`charge`: RESERVATION_RELEASED).
-        Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND. RetryInfo says a second where
+        back meanwhile: then it is set aside again, or, with `charge`, refused with RESERVATION_RELEASED.
+        Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND, too. RetryInfo says a second where
         only reservations that may still be given back are in the way, the time to the next month where tasks are used up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -229,7 +229,7 @@ class UserServiceServicer:
 
     def ReleaseQuota(self, request, context):
         """Gives a reservation or a charge back. Repeating it, or releasing what never was, changes nothing that is counted.
-        With a user's id, a charge that comes later, or is under way, comes to nothing, too.
+        With a user's id, a `charge` that comes later, or is under way, comes to nothing, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -70,8 +70,8 @@ class UserServiceStub:
     """Reads role and status of an account for a service. Fails with USER_NOT_FOUND."""
     ReserveQuota: _grpc.UnaryUnaryMultiCallable[_user_pb2.ReserveQuotaRequest, _user_pb2.Reservation]
     """Sets an amount aside. Repeating it with the same reservation id changes nothing, unless it was given
-    back meanwhile: then it is set aside again, but cannot be charged (`charge`: RESERVATION_RELEASED).
-    Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND. RetryInfo says a second where
+    back meanwhile: then it is set aside again, or, with `charge`, refused with RESERVATION_RELEASED.
+    Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND, too. RetryInfo says a second where
     only reservations that may still be given back are in the way, the time to the next month where tasks are used up.
     """
     ReserveQuotas: _grpc.UnaryUnaryMultiCallable[_user_pb2.ReserveQuotasRequest, _user_pb2.ReserveQuotasResponse]
@@ -84,7 +84,7 @@ class UserServiceStub:
     """
     ReleaseQuota: _grpc.UnaryUnaryMultiCallable[_user_pb2.ReleaseQuotaRequest, _user_pb2.ReleaseQuotaResponse]
     """Gives a reservation or a charge back. Repeating it, or releasing what never was, changes nothing that is counted.
-    With a user's id, a charge that comes later, or is under way, comes to nothing, too.
+    With a user's id, a `charge` that comes later, or is under way, comes to nothing, too.
     """
 
 @_typing.type_check_only
@@ -129,8 +129,8 @@ class UserServiceAsyncStub(UserServiceStub):
     """Reads role and status of an account for a service. Fails with USER_NOT_FOUND."""
     ReserveQuota: _aio.UnaryUnaryMultiCallable[_user_pb2.ReserveQuotaRequest, _user_pb2.Reservation]  # type: ignore[assignment]
     """Sets an amount aside. Repeating it with the same reservation id changes nothing, unless it was given
-    back meanwhile: then it is set aside again, but cannot be charged (`charge`: RESERVATION_RELEASED).
-    Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND. RetryInfo says a second where
+    back meanwhile: then it is set aside again, or, with `charge`, refused with RESERVATION_RELEASED.
+    Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND, too. RetryInfo says a second where
     only reservations that may still be given back are in the way, the time to the next month where tasks are used up.
     """
     ReserveQuotas: _aio.UnaryUnaryMultiCallable[_user_pb2.ReserveQuotasRequest, _user_pb2.ReserveQuotasResponse]  # type: ignore[assignment]
@@ -143,7 +143,7 @@ class UserServiceAsyncStub(UserServiceStub):
     """
     ReleaseQuota: _aio.UnaryUnaryMultiCallable[_user_pb2.ReleaseQuotaRequest, _user_pb2.ReleaseQuotaResponse]  # type: ignore[assignment]
     """Gives a reservation or a charge back. Repeating it, or releasing what never was, changes nothing that is counted.
-    With a user's id, a charge that comes later, or is under way, comes to nothing, too.
+    With a user's id, a `charge` that comes later, or is under way, comes to nothing, too.
     """
 
 class UserServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -257,8 +257,8 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_user_pb2.Reservation, _abc.Awaitable[_user_pb2.Reservation]]:
         """Sets an amount aside. Repeating it with the same reservation id changes nothing, unless it was given
-        back meanwhile: then it is set aside again, but cannot be charged (`charge`: RESERVATION_RELEASED).
-        Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND. RetryInfo says a second where
+        back meanwhile: then it is set aside again, or, with `charge`, refused with RESERVATION_RELEASED.
+        Fails with QUOTA_EXCEEDED (metadata: metric, limit, used, requested) or USER_NOT_FOUND, too. RetryInfo says a second where
         only reservations that may still be given back are in the way, the time to the next month where tasks are used up.
         """
 
@@ -289,7 +289,7 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_user_pb2.ReleaseQuotaResponse, _abc.Awaitable[_user_pb2.ReleaseQuotaResponse]]:
         """Gives a reservation or a charge back. Repeating it, or releasing what never was, changes nothing that is counted.
-        With a user's id, a charge that comes later, or is under way, comes to nothing, too.
+        With a user's id, a `charge` that comes later, or is under way, comes to nothing, too.
         """
 
 def add_UserServiceServicer_to_server(servicer: UserServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
