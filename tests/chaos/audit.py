@@ -120,6 +120,7 @@ def audited(evidence: Evidence, journal: Sequence[Job]) -> Findings:
     tasks = {row["task_id"]: row for row in evidence.rows["task", "task"]}
     _tasks(findings, evidence, tasks)
     _promises(findings, tasks, journal)
+    _failures(findings, tasks, journal)
     _counters(findings, evidence)
     _reservations(findings, evidence, tasks)
     _files(findings, evidence, tasks)
@@ -172,6 +173,15 @@ def _promises(findings: Findings, tasks: Mapping[str, Row], journal: Sequence[Jo
     for (_, operation), contents in results.items():
         if len(contents) > 1:
             findings.wrong.append(f"{operation} of one input gave {len(contents)} different results")
+
+
+def _failures(findings: Findings, tasks: Mapping[str, Row], journal: Sequence[Job]) -> None:
+    """A task that failed has a faulty input, or is a dead letter, having used up its attempts."""
+    for job in journal:
+        for task in (tasks[task_id] for task_id in job.task_ids if task_id in tasks):
+            reason = task["failure_reason"]
+            if task["state"] == "FAILED" and not task["dead_time"] and reason not in job.input_faults:
+                findings.wrong.append(f"{task['task_id']}: failed for good, with a sound input: {reason}")
 
 
 def _counters(findings: Findings, evidence: Evidence) -> None:

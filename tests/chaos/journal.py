@@ -14,6 +14,8 @@ class Job:
     key: str
     input_sha256: str
     operation: str
+    input_faults: set[str] = field(default_factory=set)
+    """The reasons for which it may fail for good."""
     task_ids: list[str] = field(default_factory=list)
     """What each call with the key was answered: one task."""
     refusal: str = ""

@@ -42,6 +42,8 @@ class Picture:
 
     file_id: str
     sha256: str
+    faults: set[str]
+    """The reasons for which what is done with it may fail."""
 
 
 class Load:
@@ -97,7 +99,9 @@ class _Person:
                 if self._stop.is_set():
                     break
                 if number == JOBS_A_PERSON // 4:
-                    await self._ask("DELETE", f"files/{pictures.pop(0).file_id}")
+                    deleted = pictures.pop(0)
+                    deleted.faults.add("FILE_NOT_FOUND")
+                    await self._ask("DELETE", f"files/{deleted.file_id}")
                 picture = self._choice.choices(pictures, weights=[*[9] * (len(pictures) - 1), 1])[0]
                 job = group.create_task(self._job(picture, self._choice.random()))
                 job.add_done_callback(lambda _: turn.release())
@@ -114,12 +118,13 @@ class _Person:
             headers={"content-type": "application/octet-stream"},
             key=uuid.uuid4().hex,
         )
-        return Picture(made.json()["fileId"], hashlib.sha256(content).hexdigest())
+        faults = {"INPUT_DAMAGED"} if name == DAMAGED else set()
+        return Picture(made.json()["fileId"], hashlib.sha256(content).hexdigest(), faults)
 
     async def _job(self, picture: Picture, fate: float) -> None:
         width = 40 + 40 * int(fate * 1000 % 20)
         operation = {"resize": {"width": width, "format": "FORMAT_WEBP"}}
-        job = Job(self._user_id, uuid.uuid4().hex, picture.sha256, json.dumps(operation))
+        job = Job(self._user_id, uuid.uuid4().hex, picture.sha256, json.dumps(operation), picture.faults)
         self._journal.jobs.append(job)
         body = {"inputFileId": picture.file_id, "operation": operation}
         calls = 3 if fate < 0.1 else 1  # the same at once: one of them decides
