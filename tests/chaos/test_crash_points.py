@@ -152,6 +152,7 @@ async def test_batches_cancels_and_files_that_break_off_anywhere_are_whole_in_th
         damaged = await put(person, photograph().read_bytes()[:5000], "damaged.jpg")
         arm(armed, FAILURE)
         jobs.append(await accepted(person, damaged.json()["fileId"], width=70))
+        jobs[-1].input_faults.add("INPUT_DAMAGED")
         await hit(armed, FAILURE)
         await eventually(lambda: ended(person, jobs[-1]), within_seconds=60)
         await through(armed, RETRY, lambda: person.http.post(f"tasks/{jobs[-1].task_ids[0]}:retry", json={}))
