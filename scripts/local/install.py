@@ -54,10 +54,9 @@ def main(arguments: list[str]) -> int:
         (ROOT / "var").mkdir(exist_ok=True)
         with (ROOT / "var" / "install.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two at once would make one half-made environment
+            install(with_postgresql="--postgres" in arguments)
             if "--tests" in arguments:
                 install_tests()
-            else:
-                install(with_postgresql="--postgres" in arguments)
     except CannotInstall as reason:
         print(f"\n{reason}", file=sys.stderr)
         return 1
